@@ -1,0 +1,242 @@
+"""The model: the same function as a plain ViT at the start, more freedom afterwards, and the right size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import clsspec
+from clsspec import COMPONENTS, ViT, config, flops, parameters_by_component, specialize
+
+TINY = dict(width=32, depth=3, heads=2, patch=8, image_size=32)
+EVERY_SPEC = [("norms",), ("qkv",), ("proj",), ("mlp",), ("final",), ("norms", "qkv"), COMPONENTS]
+
+
+def vit(seed=0, **changes):
+    """A small float64 model whose weights are all different from zero and one."""
+    torch.manual_seed(seed)
+    model = ViT(config("nano", **TINY | changes)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def naive(model, img):
+    """A plain ViT written down from its equations, one head and one token at a time where it matters."""
+    s, c = model.state_dict(), model.config
+    ln = lambda x, name: F.layer_norm(x, (c.width,), s[f"{name}.weight"], s[f"{name}.bias"], 1e-6)
+    rows = []
+    for y in range(0, img.shape[2], c.patch):
+        for x in range(0, img.shape[3], c.patch):
+            patch = img[:, :, y : y + c.patch, x : x + c.patch].flatten(1)
+            rows.append(patch @ s["patch_embed.proj.weight"].flatten(1).T + s["patch_embed.proj.bias"])
+    x = torch.stack([s["cls_token"][0, 0].expand(len(img), -1), *rows], 1) + s["pos_embed"]
+    d = c.width // c.heads
+    for i in range(c.depth):
+        b = f"blocks.{i}"
+        q, k, v = (ln(x, f"{b}.norm1") @ s[f"{b}.attn.qkv.weight"].T + s[f"{b}.attn.qkv.bias"]).chunk(3, -1)
+        heads = []
+        for h in range(c.heads):
+            part = slice(h * d, (h + 1) * d)
+            p = torch.softmax(q[..., part] @ k[..., part].mT / d**0.5, -1)
+            heads.append(p @ v[..., part])
+        out = torch.cat(heads, -1) @ s[f"{b}.attn.proj.weight"].T + s[f"{b}.attn.proj.bias"]
+        x = x + out * s[f"{b}.ls1.gamma"]
+        out = F.gelu(ln(x, f"{b}.norm2") @ s[f"{b}.mlp.fc1.weight"].T + s[f"{b}.mlp.fc1.bias"])
+        out = out @ s[f"{b}.mlp.fc2.weight"].T + s[f"{b}.mlp.fc2.bias"]
+        x = x + out * s[f"{b}.ls2.gamma"]
+    return ln(x, "norm")
+
+
+def tokens(model, img, **more):
+    out = model(img, **more)
+    return torch.cat([out["cls"][:, None], out["patches"]], 1)
+
+
+def test_plain_vit_equals_its_equations():
+    model, img = vit(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(tokens(model, img), naive(model, img), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("spec, rank", [(s, 0) for s in EVERY_SPEC] + [(s, 2) for s in EVERY_SPEC if "qkv" in s])
+def test_specialising_changes_no_output(spec, rank):
+    model, img = vit(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    before = tokens(model, img)
+    specialize(model, spec, blocks=2, rank=rank)
+    torch.testing.assert_close(tokens(model, img), before, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=",".join)
+def test_specialised_layers_equal_two_separate_layers(spec):
+    """After their weights part, outputs and all gradients equal a model that slices and concatenates."""
+
+    class Cat(clsspec.Specialised):
+        def forward(self, x):
+            return torch.cat([self.cls(x[:, :1]), self.patch(x[:, 1:])], 1)
+
+    model = specialize(vit(), spec, blocks=2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".cls." in name:
+                p.add_(0.1 * torch.randn_like(p))
+    img = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    weight = torch.randn(2, 17, 32, dtype=torch.float64)
+
+    def run():
+        model.zero_grad()
+        out = tokens(model, img)
+        (out * weight).sum().backward()
+        return out.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+    ours, our_grads = run()
+    for m in model.modules():
+        if isinstance(m, clsspec.Specialised):
+            m.__class__ = Cat
+    theirs, their_grads = run()
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for name, grad in their_grads.items():
+        if grad is not None:
+            torch.testing.assert_close(our_grads[name], grad, atol=1e-10, rtol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("layerscale", [0.0, 0.1])
+def test_gradients_of_a_specialised_model_by_finite_differences(layerscale):
+    """Fork adds into a gradient in place: the gradient of the picture must still be the true one."""
+    model = specialize(vit(layerscale=layerscale, depth=2), COMPONENTS, blocks=1)
+    img = torch.randn(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tokens(model, x).square().sum(), img, fast_mode=True)
+
+
+def test_cls_copy_changes_cls_and_reaches_patches_through_attention():
+    model, img = vit(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    specialize(model, ("norms",))
+    before = model(img)
+    with torch.no_grad():
+        model.blocks[0].norm1.cls.weight.mul_(2)
+    after = model(img)
+    assert (after["cls"] - before["cls"]).abs().max() > 1e-3
+    assert (after["patches"] - before["patches"]).abs().max() > 1e-6
+
+
+def test_low_rank_cls_copy_learns():
+    model = specialize(vit(), ("qkv",), blocks=1, rank=2)
+    qkv, x = model.blocks[0].attn.qkv, torch.randn(2, 5, 32, dtype=torch.float64)
+    with torch.no_grad():
+        qkv.cls[1].weight.normal_()
+    full = qkv.patch.weight + qkv.cls[1].weight @ qkv.cls[0].weight
+    torch.testing.assert_close(qkv(x)[:, 0], F.linear(x[:, 0], full, qkv.patch.bias), atol=1e-12, rtol=0)
+    torch.testing.assert_close(qkv(x)[:, 1:], qkv.patch(x[:, 1:]), atol=1e-12, rtol=0)
+
+
+def test_which_blocks_are_specialised():
+    for where, expected in (("first", [True, False, False]), ("last", [False, False, True])):
+        model = specialize(vit(), ("norms", "qkv"), blocks=1, where=where)
+        assert [isinstance(b.attn.qkv, clsspec.Specialised) for b in model.blocks] == expected
+        assert all(isinstance(b.norm1, clsspec.Specialised) for b in model.blocks)  # norms: in every block
+        assert all(isinstance(b.ls2, clsspec.Specialised) for b in model.blocks)
+    assert config("large", spec=("qkv",)).spec_blocks == 8  # a third of 24
+
+
+def test_parameter_counts_are_the_papers():
+    """Table arithmetic of arXiv 2602.08626: ViT-S 22.06 M, ViT-L 304.4 M at patch 14 and 518 px positions."""
+    for size, total, norms, scale, qkv in (("small", 22.06e6, 0.08, 0.04, 8.04), ("large", 304.4e6, 0.03, 0.016, 8.28)):
+        with torch.device("meta"):
+            plain, bare, both, only_qkv = (
+                ViT(config(size, patch=14, image_size=518, spec=s, layerscale=ls))
+                for s, ls in (((), 1e-5), (("norms",), 0.0), (("norms",), 1e-5), (("qkv",), 1e-5)))
+        base = parameters_by_component(plain)["total"]
+        added = [100 * parameters_by_component(m)["[CLS] copies"] / base for m in (bare, both, only_qkv)]
+        assert base == pytest.approx(total, rel=2e-4)
+        assert added[0] == pytest.approx(norms, abs=0.005)
+        assert added[1] - added[0] == pytest.approx(scale, abs=0.005)
+        assert added[2] == pytest.approx(qkv, abs=0.005)
+
+
+@pytest.mark.parametrize("size", list(clsspec.SIZES))
+def test_components_add_up(size):
+    with torch.device("meta"):
+        table = parameters_by_component(ViT(config(size, spec=COMPONENTS)))
+    assert table.pop("total") == sum(table.values()) and all(table.values())
+
+
+@pytest.mark.parametrize("spec, rank", [((), 0), (("norms", "qkv", "proj", "mlp"), 0), (("qkv",), 2)])
+def test_flops_formula_equals_torchs_counter(spec, rank):
+    """Specialising costs no FLOPs in the method; the code does row 0 of a specialised matrix twice."""
+    cfg = config("nano", **TINY, spec=spec, spec_blocks=2 if spec else None, spec_rank=rank)
+    model, img = ViT(cfg), torch.randn(1, 3, 32, 48)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(img)
+    row = 2 * 32 * 32 * sum({"qkv": 3, "proj": 1, "mlp": 8}.get(s, 0) for s in spec) * 2 if not rank else 0
+    assert counter.get_total_flops() - row == flops(model.config, 32, 48)
+
+
+@pytest.mark.parametrize("h, w", [(16, 16), (32, 32), (40, 24), (8, 64)])
+def test_any_multiple_of_the_patch(h, w):
+    out = ViT(config("nano", **TINY, spec=("norms", "qkv")))(torch.randn(2, 3, h, w))
+    assert out["cls"].shape == (2, 32) and out["patches"].shape == (2, h * w // 64, 32)
+
+
+def test_positions_are_resampled_in_both_public_ways():
+    model = vit()
+    grid = model.pos_embed[0, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    assert model.positions(4, 4) is model.pos_embed
+    dino = F.interpolate(grid, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
+    timm = F.interpolate(grid, size=(6, 3), mode="bicubic", antialias=True)
+    for antialias, expected in ((False, dino), (True, timm)):
+        model.config = clsspec.replace(model.config, pos_antialias=antialias)
+        ours = model.positions(6, 3)
+        assert ours.shape == (1, 19, 32) and torch.equal(ours[:, 0], model.pos_embed[:, 0])
+        torch.testing.assert_close(ours[0, 1:].float(), expected.flatten(2)[0].T.float(), atol=1e-6, rtol=0)
+
+
+def test_mask_hides_exactly_the_masked_patches():
+    model, mask = vit(), torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    img = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    other = img.clone()
+    other[:, :, 8:16, 8:16] = 9.0  # patch 5 = row 1, column 1
+    assert torch.equal(tokens(model, img, mask=mask), tokens(model, other, mask=mask))
+    assert not torch.equal(tokens(model, img), tokens(model, other))
+
+
+def test_checkpointing_changes_no_gradient():
+    img, grads = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+    for on in (False, True):
+        model = specialize(vit(), ("norms", "qkv"))
+        model.checkpointing = on
+        tokens(model, img).sin().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(a is b or torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads))
+
+
+def test_names_are_those_of_dino_and_dinov2():
+    names = set(ViT(config("nano", **TINY)).state_dict())
+    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    expected = {"cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    expected |= {"norm.weight", "norm.bias"}
+    expected |= {f"blocks.{i}.{m}.{p}" for i in range(3) for m in layers for p in ("weight", "bias")}
+    expected |= {f"blocks.{i}.ls{k}.gamma" for i in range(3) for k in (1, 2)}
+    assert names == expected
+    assert {"blocks.0.attn.qkv.cls.weight", "blocks.0.attn.qkv.patch.weight", "blocks.2.ls1.cls.gamma"} <= set(
+        ViT(config("nano", **TINY, spec=("norms", "qkv"))).state_dict())
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(spec=("norm",)), "unknown component 'norm'"), (dict(spec=("qkv",), spec_blocks=13), "outside 0 to 12"),
+    (dict(spec=("qkv",), spec_where="middle"), "'middle'"), (dict(spec=("norms",), spec_rank=4), "needs the component qkv"),
+    (dict(image_size=60), "not a multiple of the patch .8 px.; try 64"), (dict(heads=5), "not a multiple of 5 heads")])
+def test_bad_configurations_say_what_to_do(changes, words):
+    with pytest.raises(ValueError, match=words):
+        config("nano", **changes)
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match="unknown size 'giant'; choose from nano"):
+        config("giant")
+    with pytest.raises(ValueError, match="33 x 32 px.*multiples of the patch, 8 px"):
+        vit()(torch.randn(1, 3, 33, 32))
+    with pytest.raises(ValueError, match="specialised already"):
+        specialize(specialize(vit(), ("norms",)), ("qkv",))
+    with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
+        clsspec.load("nowhere.pt")

@@ -94,7 +94,7 @@ def check_spec(spec, blocks: int | None, depth: int, where: str, rank: int) -> N
         raise ValueError(f"spec rank {rank} needs to be >= 0 and needs the component qkv; spec is {spec}")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The idea of this repository: one layer twice, a copy for [CLS] and a copy for the patches.
 
 
@@ -170,7 +170,7 @@ def specialize(model: "ViT", spec, blocks: int | None = None, where: str = "firs
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The transformer around it.
 
 
@@ -308,7 +308,7 @@ class ViT(nn.Module):
         return {"cls": x[:, 0], "patches": x[:, 1:]}
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Counting, saving, loading.
 
 

@@ -1,0 +1,833 @@
+"""Train a plain or a specialised ViT by self-distillation, on one CPU, one GPU or many.
+
+    python train.py --spec norms,qkv --spec-blocks 8           # a laptop: minutes; a GPU: ViT-S
+    python train.py --out runs/plain                           # the control, with the same seed
+    python train.py --recipe dino --data path/to/pictures      # DINO v1 on any folder of pictures
+    python train.py --scale large --spec norms,qkv --dry-run   # what the paper's run would be
+    torchrun --nproc-per-node 8 train.py --scale large --spec norms,qkv --data list.txt --compile
+
+Two recipes, both sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DINO loss on [CLS],
+iBOT loss on masked patches, KoLeo, Sinkhorn-Knopp. `dino` (arXiv 2104.14294): the [CLS] loss with a
+moving centre.
+
+The global batch is a function of (seed, step) alone and each rank takes its slice of it, so workers
+and ranks change nothing, and a resumed run equals an unbroken one. In shapes, V views of B pictures
+have N patches each, of which M in all are masked; D is the width, K the number of prototypes.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from PIL import Image, ImageOps  # comes with torchvision
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import clsspec
+import eval_dense
+from eval_dense import Scenes, normalise
+
+# --------------------------------------------------------------------------------------------------
+# Defaults: the recipe's at the paper's scale, then what the scale changes, then your own flags.
+
+RECIPES = {
+    # The official vitl14.yaml of DINOv2: 500 "epochs" of 1250 steps of 3072 pictures.
+    "dinov2": dict(
+        ibot=1.0, koleo=0.1, centring="sinkhorn", separate_head=True, prototypes=131072,
+        bottleneck=384, patch_bottleneck=256, lr=2e-4, lr_batch=1024, lr_scaling="sqrt",
+        patch_embed_lr=0.2, wd=0.04, wd_end=0.2, warmup=80 / 500, ema=0.994, temp_end=0.07,
+        temp_warmup=30 / 500, freeze_last=1 / 500, global_scale=(0.32, 1.0),
+        local_scale=(0.05, 0.32), drop_path=0.4, layerscale=1e-5, steps=625_000),
+    # The defaults of DINO's main_dino.py: 100 epochs of ImageNet-1k at batch 1024.
+    "dino": dict(
+        ibot=0.0, koleo=0.0, centring="ema", separate_head=False, prototypes=65536,
+        bottleneck=256, patch_bottleneck=256, lr=5e-4, lr_batch=256, lr_scaling="linear",
+        patch_embed_lr=1.0, wd=0.04, wd_end=0.4, warmup=10 / 100, ema=0.996, temp_end=0.04,
+        temp_warmup=0.0, freeze_last=1 / 100, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
+        drop_path=0.1, layerscale=0.0, steps=125_100),
+}
+SCALES = {
+    "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
+                  batch_size=32),
+    "small": dict(size="small", source_size=160, image_size=128, local_size=64, local_crops=4,
+                  batch_size=256, pictures=50_000, steps=2500, prototypes=1024, hidden=1024,
+                  bottleneck=256, head_norm="batch", lr=5e-4, lr_batch=256, patch_embed_lr=1.0,
+                  drop_path=0.0, layerscale=0.1, ema=0.99, temp_end=0.04),
+    # A CPU affords some 50,000 looks at pictures; the paper's run has two billion. So nano takes small
+    # pictures and few tokens, and needs objectives that start to fall at once: mild colours (with
+    # DINO's, the [CLS] loss stays at ln K for a thousand steps), no more prototypes than a batch can
+    # fill, heads of one layer with batch normalisation (a deeper one solves the task alone, and the
+    # backbone stays as it was), a high learning rate and a teacher that follows closely.
+    "nano": dict(size="nano", source_size=64, image_size=48, local_size=24, local_crops=2,
+                 batch_size=32, pictures=4096, steps=1500, global_scale=(0.4, 1.0), colour=0.2,
+                 prototypes=128, head_layers=1, bottleneck=64, patch_bottleneck=64,
+                 head_norm="batch", lr=4e-3, lr_batch=32, warmup=0.1, patch_embed_lr=1.0,
+                 drop_path=0.0, layerscale=0.0, ema=0.97, ema_end=0.99, temp_end=0.04),
+}
+
+
+def parse(argv) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    cuda = torch.cuda.is_available()
+
+    def group(title, *flags):
+        g = p.add_argument_group(title)
+        for name, default, text, *kind in flags:
+            kind = kind[0] if kind else type(default)
+            if kind is bool:
+                more = dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(kind, list):
+                more = dict(choices=kind)
+            else:
+                more = dict(type=kind) if kind is not tuple else dict(type=float, nargs=2)
+            text += " (default: %(default)s)"
+            g.add_argument(f"--{name}", default=default, help=text, **more)
+
+    group("what to run",
+          ("recipe", "dinov2", "losses and their defaults", list(RECIPES)),
+          ("scale", "small" if cuda else "nano", "size of everything", list(SCALES)),
+          ("data", "scenes", "'scenes', a folder of pictures, or a text file with a path a line"),
+          ("out", None, "run folder; default: runs/RECIPE-SCALE-SPEC-sSEED", str),
+          ("seed", 0, "of weights, order of pictures, views and masks"),
+          ("resume", False, "go on from the checkpoint in --out"),
+          ("overwrite", False, "start anew in an --out that holds a run"),
+          ("dry-run", False, "print what the run would do, and stop"))
+    group("model",
+          ("size", "small", "width, depth and heads", list(clsspec.SIZES)),
+          ("patch", None, "side of a patch, pixels; default: the size's", int),
+          ("spec", "", f"comma list of specialised components: {','.join(clsspec.COMPONENTS)}"),
+          ("spec-blocks", None, "how many blocks get qkv, proj, mlp; default: depth // 3", int),
+          ("spec-where", "first", "the first or the last blocks", ["first", "last"]),
+          ("spec-rank", 0, "rank of [CLS]'s update of qkv; 0: a full copy"),
+          ("drop-path", 0.0, "stochastic depth: chance to skip a branch"),
+          ("layerscale", 0.0, "start of LayerScale; 0: none"))
+    group("pictures and views",
+          ("pictures", 4096, "how many Scenes to train on"),
+          ("source-size", 256, "side of the pictures that views are cut from, pixels"),
+          ("image-size", 224, "side of a global view, pixels"),
+          ("local-size", 96, "side of a local view, pixels"),
+          ("local-crops", 8, "local views a picture"),
+          ("global-scale", (0.4, 1.0), "share of the picture in a global view: from, to"),
+          ("local-scale", (0.05, 0.4), "share of the picture in a local view: from, to"),
+          ("colour", 1.0, "strength of colour jitter, grey and solarise; 1: DINO's"),
+          ("workers", 8 if cuda else 2, "processes that decode files"))
+    group("heads and losses",
+          ("ibot", 1.0, "weight of the masked-patch loss"),
+          ("koleo", 0.1, "weight of KoLeo"),
+          ("centring", "sinkhorn", "of the teacher's logits", ["sinkhorn", "ema"]),
+          ("prototypes", 65536, "K, outputs of each head"),
+          ("head-layers", 3, "linear layers before the prototypes"),
+          ("hidden", 2048, "width between them"),
+          ("bottleneck", 256, "width before the prototypes, [CLS] head"),
+          ("patch-bottleneck", 256, "width before the prototypes, patch head"),
+          ("head-norm", "none", "normalisation in the heads", ["none", "batch"]),
+          ("separate-head", True, "patches have a head of their own"),
+          ("mask-share", 0.5, "share of global views that get a mask"),
+          ("mask-ratio", (0.1, 0.5), "share of patches hidden in those: from, to"),
+          ("student-temp", 0.1, "temperature of the student's softmax"),
+          ("temp-start", 0.04, "temperature of the teacher's softmax at first"),
+          ("temp-end", 0.07, "... and after its warm-up"),
+          ("temp-warmup", 0.06, "share of the steps until then"))
+    group("optimisation",
+          ("steps", 1000, "optimiser steps"),
+          ("batch-size", 64, "pictures a step, of each process"),
+          ("lr", 5e-4, "peak learning rate at a global batch of --lr-batch"),
+          ("lr-batch", 256, "global batch that --lr is meant for"),
+          ("lr-scaling", "sqrt", "how it grows with the batch", ["sqrt", "linear"]),
+          ("lr-end", 1e-6, "learning rate at the end"),
+          ("patch-embed-lr", 1.0, "factor on the patch embedding's learning rate"),
+          ("warmup", 0.1, "share of the steps until the peak"),
+          ("wd", 0.04, "weight decay at first; none on biases, norms, LayerScale"),
+          ("wd-end", 0.4, "... and at the end"),
+          ("clip", 3.0, "largest norm of the gradient; 0: no limit"),
+          ("ema", 0.996, "the teacher's momentum at first"),
+          ("ema-end", 1.0, "... and at the end"),
+          ("freeze-last", 0.01, "share of the steps before the prototypes learn"))
+    group("machine and log",
+          ("device", "cuda" if cuda else "cpu", "cpu or cuda"),
+          ("precision", "bf16" if cuda else "fp32", "of matrix products", ["bf16", "fp32"]),
+          ("compile", False, "torch.compile the networks"),
+          ("checkpointing", False, "recompute activations to save memory"),
+          ("log-every", 10, "steps between log lines"),
+          ("save-every", 200, "steps between checkpoints"),
+          ("probe", True, "judge the network on Scenes at the end"))
+
+    chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    p.set_defaults(**RECIPES[chosen.recipe] | SCALES[chosen.scale])
+    args = p.parse_args(argv)
+    args.spec = tuple(filter(None, args.spec.split(",")))
+    name = "-".join(args.spec) or "plain"
+    args.out = Path(args.out or f"runs/{args.recipe}-{args.scale}-{name}-s{args.seed}")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: batches of uint8 on the device, in an order that depends on (seed, step) alone.
+
+
+@lru_cache(maxsize=1)
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
+    """Which of n pictures make the global batch of a step: (batch,). Every epoch anew permuted."""
+    epoch, within = divmod(step, n // batch)
+    return permutation(n, seed, epoch)[within * batch : (within + 1) * batch]
+
+
+class Folder(torch.utils.data.Dataset):
+    """Pictures below a folder, or of a text file with a path a line: uint8 (3, side, side), RGB.
+
+    The shorter side is resized and the middle cut out. In place of a file that cannot be read comes
+    the next one that can; its name is handed on, for the log.
+    """
+
+    def __init__(self, data: str, side: int):
+        if os.path.isdir(data):
+            kinds, walk = (".jpg", ".jpeg", ".png", ".webp"), os.walk(data, followlinks=True)
+            self.files = sorted(os.path.join(at, f) for at, _, files in walk for f in files
+                                if f.lower().endswith(kinds))
+        elif os.path.isfile(data):
+            self.files = [line for line in Path(data).read_text().splitlines() if line.strip()]
+        else:
+            raise ValueError(f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
+        if not self.files:
+            raise ValueError(f"--data {data}: no picture (jpg, png, webp) in it or below it")
+        self.data, self.side = data, side
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, list[str]]:
+        bad = []
+        for k in range(len(self.files)):
+            file = self.files[(i + k) % len(self.files)]
+            try:
+                with Image.open(file) as img:
+                    img.draft("RGB", (self.side, self.side))  # JPEG: decode no finer than needed
+                    img = TF.resize(ImageOps.exif_transpose(img).convert("RGB"), self.side)
+                return TF.pil_to_tensor(TF.center_crop(img, self.side)), bad
+            except Exception as err:  # whatever a decoder makes of a broken file
+                bad.append(f"{file} ({str(err).splitlines()[0]})")
+        raise ValueError(f"--data {self.data}: none of its {len(bad)} files is a readable picture; "
+                         f"the first: {bad[0]}")
+
+
+def collate(items):
+    return tuple(zip(*items))
+
+
+def calm() -> float:
+    """Seconds between two pictures of a progress bar: in a file they pile up."""
+    return 0.5 if sys.stderr.isatty() else 20
+
+
+def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
+    """Yield (uint8 (B, 3, S, S) on the device, names of unreadable files) from step `first` on."""
+    n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
+    mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)
+    order = (batch_index(n, batch, args.seed, step)[mine] for step in range(first, args.steps))
+    if folder:
+        loader = torch.utils.data.DataLoader(
+            folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
+            collate_fn=collate, pin_memory=args.device == "cuda")
+        for img, bad in loader:
+            yield torch.stack(img).to(args.device, non_blocking=True), sum(bad, [])
+    else:
+        world = Scenes("train", args.source_size)
+        parts = torch.arange(n, device=args.device).split(256)
+        bar = tqdm(parts, "rendering Scenes", leave=False, disable=rank > 0, mininterval=calm())
+        scenes = torch.cat([world(i)["image"] for i in bar])
+        for i in order:
+            yield scenes[i.to(args.device)], []
+
+
+# --------------------------------------------------------------------------------------------------
+# Views. A view is three small matrices a picture: rows, columns and colours.
+
+
+def resample(low: Tensor, high: Tensor, n_in: int, n_out: int, sigma: Tensor) -> Tensor:
+    """Weights (B, n_out, n_in) that resize pixels low..high (B,) of a line to n_out and blur them.
+
+    Bilinear with antialias: a triangle as wide as an output pixel, but no less than an input pixel.
+    The blur is a Gaussian of sigma (B,) output pixels.
+    """
+    at = torch.arange(n_out, device=low.device) + 0.5
+    scale = ((high - low) / n_out)[:, None, None]
+    centre = low[:, None, None] + at[None, :, None] * scale
+    pixel = torch.arange(n_in, device=low.device) + 0.5
+    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    blur = torch.exp(-((at[:, None] - at) ** 2) / (2 * sigma[:, None, None] ** 2))
+    return (blur / blur.sum(-1, keepdim=True)) @ (weight / weight.sum(-1, keepdim=True))
+
+
+def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, reach: float,
+         strength: float = 1.0) -> Tensor:
+    """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do.
+
+    img: (B, 3, H, W) in [0, 1]; u: (B, 16) uniform numbers, the only randomness; area: the crop's
+    share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in pixels;
+    strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
+    """
+    (h, w), u = img.shape[-2:], u.unbind(1)
+    share = area[0] + (area[1] - area[0]) * u[0]
+    ratio = torch.exp(math.log(4 / 3) * (2 * u[1] - 1))
+    ch, cw = (h * w * share / ratio).sqrt(), (h * w * share * ratio).sqrt()
+    ch, cw = ch.clamp(max=h), cw.clamp(max=w)
+    top, left = (h - ch) * u[2], (w - cw) * u[3]
+    sigma = torch.where(u[5] < blur, reach * (0.05 + 0.95 * u[6]), 1e-2)
+    rows = resample(top, top + ch, h, size, sigma)
+    columns = resample(left, left + cw, w, size, sigma)
+    columns = torch.where((u[4] < 0.5)[:, None, None], columns.flip(1), columns)
+    x = rows[:, None] @ img @ columns[:, None].mT  # (B, 3, size, size)
+
+    # Brightness, contrast, saturation, hue (a turn around the grey axis), grey: all are linear.
+    jitter = u[7] < 0.8
+    spread = lambda k, most: torch.where(jitter, strength * most * (2 * u[k] - 1), 0.0)
+    bright, contrast, turn = 1 + spread(8, 0.4), 1 + spread(9, 0.4), 2 * math.pi * spread(11, 0.1)
+    luma, eye = img.new_tensor([0.299, 0.587, 0.114]), torch.eye(3, device=img.device)
+    grey, third = luma.expand(3, 3), torch.full_like(eye, 1 / 3)
+    cross = img.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    turn = turn[:, None, None]
+    hue = third + turn.cos() * (eye - third) + turn.sin() * cross  # Rodrigues' formula
+    colour = hue @ torch.lerp(grey, eye, (1 + spread(10, 0.2))[:, None, None])
+    colour = torch.where((u[12] < 0.2 * strength)[:, None, None], grey, colour)
+    offset = (1 - contrast) * bright * (x.mean((2, 3)) @ luma)
+    x = (bright * contrast)[:, None, None] * colour @ x.flatten(2) + offset[:, None, None]
+    x = x.clamp(0, 1)
+    x = torch.where((u[13] < solarise * strength)[:, None, None] & (x > 0.5), 1 - x, x)
+    return normalise(x.unflatten(2, (size, size)))
+
+
+def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """uint8 (B, 3, S, S) -> global views (2 B, 3, ..), local ones (L B, 3, ..), view after view."""
+    draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
+    u = torch.rand(b * ranks, 2 + args.local_crops, 16, generator=draw)  # of the global batch
+    u = u[rank * b : (rank + 1) * b].to(img.device, non_blocking=True)
+    kinds = [(args.image_size, args.global_scale, 1.0, 0.0),  # size, area, chances: blur, solarise
+             (args.image_size, args.global_scale, 0.1, 0.2)]
+    kinds += [(args.local_size, args.local_scale, 0.5, 0.0)] * args.local_crops
+    reach = 2 * args.image_size / 224  # DINO blurs by 2 px at the most, at 224 px
+    views = [view(img / 255, u[:, i], *kind, reach, args.colour) for i, kind in enumerate(kinds)]
+    return torch.cat(views[:2]), torch.cat(views[2:]) if args.local_crops else img[:0]
+
+
+def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
+    """Hide random rectangles among side x side patches, as BEiT and DINOv2 do.
+
+    wanted: (B,) patches to hide at the most, 0: none; u: (B, tries, 4) uniform numbers. Rectangles
+    have 4 patches or more and an aspect of 0.3 to 1 / 0.3; one that would hide too many is dropped.
+    Returns (B, side^2) bool.
+    """
+    mask, line = torch.zeros(len(wanted), side, side, dtype=torch.bool), torch.arange(side)
+    inside = lambda low, n: (line >= low[:, None]) & (line < (low + n)[:, None])  # (B, side)
+    for area, aspect, y, x in u.permute(1, 2, 0):
+        left = wanted - mask.sum((1, 2))
+        area = 4 + area * (left - 4).clamp(min=0)
+        aspect = torch.exp(math.log(0.3) * (2 * aspect - 1))
+        h, w = ((area * a).sqrt().round().clamp(1, side) for a in (aspect, 1 / aspect))
+        rows = inside((y * (side - h + 1)).floor(), h)
+        columns = inside((x * (side - w + 1)).floor(), w)
+        box = rows[:, :, None] & columns[:, None]
+        mask |= box & ((box & ~mask).sum((1, 2)) <= left)[:, None, None]
+    return mask.flatten(1)
+
+
+def make_masks(args, b: int, patch: int, step: int, rank: int, ranks: int) -> Tensor:
+    """Masks for the global views of a rank, (2 b, N). As in DINOv2, a share of the views has one,
+    and their ratios are drawn one from each of equal parts of --mask-ratio."""
+    draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
+    side, views, (low, high) = args.image_size // patch, 2 * b * ranks, args.mask_ratio
+    number, masked = torch.arange(views), int(views * args.mask_share)
+    ratio = low + (high - low) * (number + torch.rand(views, generator=draw)) / max(masked, 1)
+    wanted = torch.where(number < masked, (ratio * side * side).long(), 0)
+    wanted = wanted[torch.randperm(views, generator=draw)]
+    u = torch.rand(views, 20, 4, generator=draw)
+    mine = number.view(2, ranks, b)[:, rank].flatten()  # this rank's pictures, in both views
+    return block_masks(wanted[mine], side, u[mine])
+
+
+# --------------------------------------------------------------------------------------------------
+# Heads and losses.
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over all ranks, differentiable; without torchrun: x itself."""
+    return dist.nn.functional.all_reduce(x) if dist.is_initialized() else x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """(B, ...) of every rank -> (ranks B, ...), differentiable."""
+    return torch.cat(dist.nn.functional.all_gather(x)) if dist.is_initialized() else x
+
+
+class BatchNorm(nn.Module):
+    """(B, D) -> mean 0, variance 1 over the batch of all ranks; no affine, no running averages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        sums = all_sum(torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), len(x))]))
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        return (x - mean) * ((square - mean**2).clamp(min=0) + 1e-5).rsqrt()
+
+
+class Head(nn.Module):
+    """Tokens (B, D) -> logits in [-1, 1] over K prototypes: MLP, unit vectors, unit prototypes."""
+
+    def __init__(self, width: int, bottleneck: int, prototypes: int, layers: int, hidden: int,
+                 norm: str):
+        super().__init__()
+        norm = [BatchNorm()] if norm == "batch" else []
+        widths = [width, *[hidden] * (layers - 1), bottleneck]
+        steps = [[nn.Linear(i, o, bias=not norm), *norm, nn.GELU()]  # a bias would be taken off again
+                 for i, o in zip(widths, widths[1:])]
+        self.mlp = nn.Sequential(*sum(steps, [])[:-1])  # no GELU at the end
+        self.last = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for name, p in self.named_parameters():
+            nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.mlp(x).float(), dim=-1)
+        return F.linear(x, F.normalize(self.last, dim=-1)).float()
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
+    """Teacher logits (B, K) -> targets (B, K): rows sum to 1, all prototypes are used equally.
+
+    Sinkhorn-Knopp over the batches of all ranks, as in SwAV (arXiv 2006.09882) and DINOv2.
+    """
+    top = logits.max()
+    if dist.is_initialized():
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    q = torch.exp((logits - top) / temp)
+    for _ in range(iterations):
+        q = q / all_sum(q.sum(0)).clamp(min=1e-30)  # every prototype gets the same weight ...
+        q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # ... and every token too
+    return q
+
+
+@torch.no_grad()
+def ema_centre(logits: Tensor, temp: float, centre: Tensor) -> Tensor:
+    """Teacher logits (B, K) -> softmax about `centre` (K,), which then goes a tenth of the way to
+    the mean of the logits. arXiv 2104.14294, equation 4."""
+    out = F.softmax((logits - centre) / temp, dim=-1)
+    centre.lerp_(all_gather(logits).mean(0), 0.1)
+    return out
+
+
+def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
+    """Cross-entropy of every student view with the targets of every other global view, in nats.
+
+    student: (V, B, K) logits, the two global views first; teacher: (2, B, K) targets.
+    """
+    log_p = F.log_softmax(student / temp, dim=-1)
+    pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
+    return -sum((teacher[t] * log_p[s]).sum(-1).mean() for t, s in pairs) / len(pairs)
+
+
+def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, views: int) -> Tensor:
+    """Cross-entropy on masked patches, nats: mean over a view's masked patches, then over `views`.
+
+    student: (M, K) logits; teacher: (M, K) targets; weight: (M,), 1 / masked patches of that view.
+    A view without a mask counts as 0, as in DINOv2.
+    """
+    return -((teacher * F.log_softmax(student / temp, dim=-1)).sum(-1) * weight).sum() / views
+
+
+def koleo(z: Tensor) -> Tensor:
+    """Push embeddings off their nearest neighbour: -mean_i log(min_j |z_i - z_j| + 1e-8), in nats.
+
+    z: (B, D), scaled to unit norm here; neighbours are looked for on all ranks. arXiv 1806.03198.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    everyone, i = all_gather(z), torch.arange(len(z), device=z.device)
+    with torch.no_grad():
+        dots = z @ everyone.T
+        dots[i, i + (dist.get_rank() * len(z) if dist.is_initialized() else 0)] = -2  # not itself
+        near = dots.argmax(1)
+    return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
+
+
+class Network(nn.Module):
+    """ViT and heads: what the student and the teacher both are."""
+
+    def __init__(self, args):
+        super().__init__()
+        cfg = clsspec.config(
+            args.size, args.spec_blocks, image_size=args.image_size, drop_path=args.drop_path,
+            layerscale=args.layerscale, spec=args.spec, spec_where=args.spec_where,
+            spec_rank=args.spec_rank, **({"patch": args.patch} if args.patch else {}))
+        self.backbone = clsspec.ViT(cfg)
+        self.backbone.checkpointing = args.checkpointing
+        self.backbone.mask_token.requires_grad = args.ibot > 0
+        shape = args.prototypes, args.head_layers, args.hidden, args.head_norm
+        self.cls_head = self.patch_head = Head(cfg.width, args.bottleneck, *shape)
+        if args.ibot and args.separate_head:
+            self.patch_head = Head(cfg.width, args.patch_bottleneck, *shape)
+        for name in ("cls_centre", "patch_centre"):  # of the teacher, with EMA centring
+            self.register_buffer(name, torch.zeros(args.prototypes))
+
+    def forward(self, global_views: Tensor, local_views: Tensor, mask=None, chosen=None):
+        """Views (2 B, ..), (L B, ..); mask: (2 B, N); chosen: (M,) numbers of patches among 2 B N.
+
+        Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K).
+        """
+        out = self.backbone(global_views, mask)
+        cls = [out["cls"]] + ([self.backbone(local_views)["cls"]] if len(local_views) else [])
+        logits = self.cls_head(torch.cat(cls))
+        logits = rearrange(logits, "(v b) k -> v b k", b=len(global_views) // 2)
+        if chosen is None:
+            return cls[0], logits, None
+        return cls[0], logits, self.patch_head(out["patches"].flatten(0, 1)[chosen])
+
+
+def compare(args, student, teacher: Network, global_views: Tensor, local_views: Tensor, mask, temp):
+    """One pass of both networks: weighted terms of the loss, and meters of collapse; all scalars.
+
+    mask: (2 B, N) bool on the CPU, or None without iBOT. Meters: `entropy` of the [CLS] targets as
+    a share of ln K (1: they say nothing); `kl` of the targets to the student, nats; `cls_std`, the
+    teacher's [CLS] over the batch (0: all pictures look alike, 1: spread over the whole sphere).
+    """
+    chosen, device = None, global_views.device
+    if mask is not None:
+        chosen = mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
+        weight, mask = weight.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+    def targets(logits, centre):
+        ema = args.centring == "ema"
+        return ema_centre(logits, temp, centre) if ema else sinkhorn(logits, temp)
+
+    with torch.no_grad():
+        cls, logits, patch_logits = teacher(global_views, local_views[:0], None, chosen)
+        target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
+        entropy = torch.special.entr(target).sum(-1).mean()
+        spread = F.normalize(cls.float(), dim=-1).std(0).mean() * cls.shape[1] ** 0.5
+    student_cls, logits, student_patch = student(global_views, local_views, mask, chosen)
+    dino = dino_loss(logits, target, args.student_temp)
+    terms = {"dino": dino}
+    if mask is not None:
+        target = targets(patch_logits, teacher.patch_centre)
+        ibot = ibot_loss(student_patch, target, weight, args.student_temp, len(mask))
+        terms["ibot"] = args.ibot * ibot
+    if args.koleo:
+        terms["koleo"] = args.koleo * sum(koleo(one) for one in student_cls.chunk(2))
+    return terms, {"entropy": entropy / math.log(args.prototypes), "kl": dino.detach() - entropy,
+                   "cls_std": spread}
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules, teacher, optimiser, checkpoints.
+
+
+def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
+    """From `start` to `end` along half a cosine, after a linear rise from 0 over `warmup` steps."""
+    if step < warmup:
+        return start * step / warmup
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def schedule(args, step: int, ranks: int) -> dict[str, float]:
+    """Learning rate, weight decay, teacher momentum and temperature of a step (counted from 0)."""
+    growth = args.batch_size * ranks / args.lr_batch
+    peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
+    rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
+    return {"lr": cosine(step, args.steps, peak, args.lr_end, int(args.warmup * args.steps)),
+            "wd": cosine(step, args.steps, args.wd, args.wd_end),
+            "ema": cosine(step, args.steps, args.ema, args.ema_end),
+            "temp": args.temp_start + (args.temp_end - args.temp_start) * rise}
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum teacher + (1 - momentum) student, in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def make_optimizer(args, student: Network) -> torch.optim.AdamW:
+    """AdamW in groups: without weight decay the biases, norms and LayerScale (`free`); prototypes
+    (`last`) and patch embedding have learning rates of their own."""
+    groups = {}
+    for name, p in student.named_parameters():
+        free = name.endswith(".bias") or "norm" in name or "gamma" in name
+        kind = next((k for k in ("last", "patch_embed") if k in name.split(".")), "rest")
+        group = groups.setdefault((kind, free), {"params": [], "kind": kind, "free": free})
+        group["params"].append(p)
+    return torch.optim.AdamW(groups.values(), lr=0.0, fused=True)
+
+
+def save(path: Path, state: dict) -> None:
+    """Write beside, then move into place: `path` is a whole checkpoint at any moment."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as err:
+        beside.unlink(missing_ok=True)
+        kept = "the one before is intact" if path.exists() else "there is none yet"
+        raise ValueError(f"could not save {path} at step {state['step']}: {err}; {kept}; "
+                         "free some space, then go on with --resume") from None
+
+
+# What may differ between a run and its continuation.
+FREE = {"resume", "overwrite", "dry_run", "out", "workers", "device", "compile", "checkpointing",
+        "log_every", "save_every", "probe"}
+
+
+def plain(args) -> dict:
+    """The flags as values that JSON and torch.load(weights_only=True) know."""
+    convert = {Path: str, tuple: list}
+    return {k: convert[type(v)](v) if type(v) in convert else str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items()}
+
+
+def resume(args, student: Network, teacher: Network, optimizer) -> int:
+    """Load --out/last.pt into all three; returns its step. ValueError: missing, or not this run's."""
+    path = args.out / "last.pt"
+    if not path.exists():
+        raise ValueError(f"--resume: there is no {path}; leave out --resume, or correct --out")
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        theirs = state["args"]
+    except Exception as err:
+        raise ValueError(f"--resume: {path} is not a checkpoint of train.py "
+                         f"({type(err).__name__})") from None
+    odd = [f"--{k.replace('_', '-')} {theirs.get(k)} (now {v})" for k, v in plain(args).items()
+           if k not in FREE and theirs.get(k) != v]
+    if odd:
+        raise ValueError(f"--resume: {path} is of another run: it has {', '.join(odd)}; "
+                         "give its flags, or another --out")
+    student.load_state_dict(state["student"])
+    teacher.load_state_dict(state["teacher"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The run.
+
+
+def describe(args, network: Network, ranks: int) -> None:
+    """What a run would do, without doing it: --dry-run."""
+    vit, cfg = network.backbone, network.backbone.config
+    table = clsspec.parameters_by_component(vit)
+    heads = sum(p.numel() for p in network.parameters()) - table["total"]
+    one, local = (clsspec.flops(cfg, s, s) for s in (args.image_size, args.local_size))
+    # A backward pass costs two forward ones; the teacher has none and sees the global views only.
+    trained = 2 * one * (3 + 1) + args.local_crops * local * 3
+    tokens = [1 + (s // cfg.patch) ** 2 for s in (args.image_size, args.local_size)]
+    tokens = args.batch_size * (2 * tokens[0] + args.local_crops * tokens[1])
+    number = 2 if args.precision == "bf16" else 4  # bytes
+    # Kept for the backward pass, a block and token: some 17 D numbers; checkpointing: its input.
+    kept = tokens * cfg.depth * cfg.width * (4 if args.checkpointing else 17 * number)
+    weights = (heads + table["total"]) * 4 * 5  # student, teacher, gradient, AdamW's two moments
+    logits = 4 * 3 * args.prototypes * args.batch_size * (4 + args.local_crops)
+    warmup, batch = int(args.warmup * args.steps), args.batch_size * ranks
+    for name, count in (table | {f"heads, K = {args.prototypes}": heads}).items():
+        print(f"  {name:18}{count / 1e6:10.3f} M parameters")
+    print(f"  one picture       {one / 1e9:10.2f} GFLOPs forward at {args.image_size} px; "
+          f"{trained / 1e9:.1f} in training, all its views, without heads")
+    print(f"  global batch      {batch:10} pictures = {args.batch_size} x {ranks} process(es); "
+          f"{args.steps} steps, {args.steps * batch / 1e6:.3g} M pictures in all")
+    peak = schedule(args, warmup, ranks)["lr"]
+    print(f"  learning rate     {peak:10.3g} at its peak, step {warmup}: "
+          f"{args.lr:g} at batch {args.lr_batch}, {args.lr_scaling} scaling")
+    weights, kept, logits = weights / 2**30, kept / 2**30, logits / 2**30
+    print(f"  memory            {weights + kept + logits:10.1f} GiB a process, about: weights and "
+          f"optimiser {weights:.1f}, activations {kept:.1f}, logits {logits:.1f}")
+
+
+def prepare(args, student: Network, ranks: int) -> Folder | None:
+    """Refuse what cannot run, before anything is written; returns the folder, None for Scenes."""
+    patch = student.backbone.config.patch
+    if args.local_crops and args.local_size % patch:
+        raise ValueError(f"--local-size {args.local_size} is not a multiple of the patch, {patch} px;"
+                         f" try {max(args.local_size // patch, 1) * patch}")
+    if args.koleo and args.batch_size < 2:
+        raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
+                         "or --koleo 0")
+    folder = None if args.data == "scenes" else Folder(args.data, args.source_size)
+    n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
+    if n < batch:
+        more = "" if folder else " or raise --pictures"
+        raise ValueError(f"a global batch of {batch} pictures is larger than the set: --data "
+                         f"{args.data} has {n}; lower --batch-size{more}")
+    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"{args.out} holds a run already: give --resume to go on, --overwrite to "
+                         "start anew, or another --out")
+    return folder
+
+
+def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
+    """config.json; and a log.jsonl that ends at the step where this run begins."""
+    log = args.out / "log.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+    if not first:
+        for old in ("last.pt", "eval.json"):
+            (args.out / old).unlink(missing_ok=True)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True).stdout.strip()
+    cuda = args.device.startswith("cuda")
+    (args.out / "config.json").write_text(json.dumps({
+        "command": "python " + " ".join(sys.argv), "args": plain(args), "model": asdict(config),
+        "git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "processes": ranks, 
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
+
+
+def check_finite(rows: Tensor, names: list[str], first: int) -> None:
+    """rows: (steps, values) from step `first` on. ValueError: the first bad step and its terms."""
+    bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(names, rows[bad[0]].tolist()))
+        raise ValueError(f"not finite at step {first + bad[0]}: {terms}; the last checkpoint is "
+                         "intact; start anew with a lower --lr or --clip")
+
+
+def run(args, rank: int, ranks: int) -> None:
+    start, main, cuda = time.time(), rank == 0, args.device.startswith("cuda")
+    say = print if main else lambda *_, **__: None
+    say(f"scale {args.scale} ({torch.cuda.get_device_name() if cuda else 'no GPU in use'}), recipe "
+        f"{args.recipe}, data {args.data}, spec {','.join(args.spec) or 'none'}", flush=True)
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else "cpu"):
+        student = Network(args)
+    if args.dry_run:
+        return describe(args, student, ranks) if main else None
+    folder = prepare(args, student, ranks)
+    student, teacher = student.to(args.device), Network(args).to(args.device).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    optimizer = make_optimizer(args, student)
+    first = resume(args, student, teacher, optimizer) if args.resume else 0
+    if main:
+        write_config(args, student.backbone.config, first, ranks)
+    say(f"run folder {args.out}; ln K = {math.log(args.prototypes):.3f}: a DINO loss that stays "
+        "there has learnt nothing", flush=True)
+
+    if args.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    learner = nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
+    cast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.precision == "bf16")
+    patch, n = student.backbone.config.patch, len(folder) if folder else args.pictures
+    batch, window, skipped, signals = args.batch_size * ranks, [], 0, []
+    for number in (signal.SIGTERM, signal.SIGINT):  # save, then leave
+        signal.signal(number, lambda number, _: signals.append(number))
+    bar = tqdm(total=args.steps, initial=first, unit="step", disable=not main, dynamic_ncols=True,
+               mininterval=calm())
+    for step, (img, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
+        tick = tick if window else time.time()
+        now = schedule(args, step, ranks)
+        for group in optimizer.param_groups:
+            held = group["kind"] == "last" and step < args.freeze_last * args.steps
+            factor = args.patch_embed_lr if group["kind"] == "patch_embed" else 0 if held else 1
+            group["lr"] = factor * now["lr"]
+            group["weight_decay"] = 0 if group["free"] else now["wd"]
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # for stochastic depth
+        views = make_views(args, img, step, rank, ranks)
+        mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
+        with cast:
+            terms, meters = compare(args, learner, teacher, *views, mask, now["temp"])
+        loss = sum(terms.values())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
+        optimizer.step()
+        update_teacher(teacher, student, now["ema"])
+
+        values = {"loss": loss.detach(), **terms, **meters, "grad_norm": norm}
+        window.append(torch.stack([v.detach() for v in values.values()]))  # no waiting for the GPU
+        skipped, done = skipped + len(bad), step + 1
+        for name in bad:
+            bar.write(f"skipped an unreadable file: {name}")
+        bar.update()
+        stop = bool(signals)
+        if ranks > 1:  # they agree at logged steps, to leave together
+            flag = torch.tensor([float(stop)], device=args.device)
+            stop = done % args.log_every == 0 and (dist.all_reduce(flag), flag.item() > 0)[1]
+        if done % args.log_every == 0 or done == args.steps or stop:
+            rows = torch.stack(window).cpu()
+            check_finite(rows, list(values), done - len(rows) + 1)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+            line = {"step": done, "epoch": step // (n // batch)}
+            line |= dict(zip(values, rows.mean(0).tolist())) | now
+            line |= {"img_per_s": len(rows) * batch / (time.time() - tick), "skipped": skipped,
+                     "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else peak}
+            window = []
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
+            if main:
+                with open(args.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        if main and (stop or done == args.steps or done % args.save_every == 0):
+            save(args.out / "last.pt", {
+                "model": asdict(student.backbone.config), "args": plain(args), "step": done,
+                "student": student.state_dict(), "teacher": teacher.state_dict(),
+                "optimizer": optimizer.state_dict()})
+        if stop and done < args.steps:
+            bar.close()
+            say(f"stopped by a signal: step {done} is saved, go on with --resume")
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if main and args.probe:
+        final_table(args, teacher.backbone)
+        print(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}")
+
+
+def final_table(args, trained: clsspec.ViT) -> None:
+    """Linear probes of the network as it was at step 0 and as it is now, on Scenes."""
+    torch.manual_seed(args.seed)
+    untrained = Network(args).backbone.to(args.device)
+    results = {name: eval_dense.scenes(model.eval(), args.source_size)
+               for name, model in (("untrained", untrained), ("trained", trained))}
+    print(f"\nlinear probe on Scenes  mIoU %   depth RMSE m")
+    for name, r in results.items():
+        print(f"  {name:20} {r['miou']:7.2f} {r['rmse']:14.3f}")
+    (args.out / "eval.json").write_text(json.dumps(results, indent=1))
+
+
+def main(argv=None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if ranks > 1 and not args.dry_run:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        run(args, rank, ranks)
+    except ValueError as err:
+        sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,14 +5,15 @@
     python eval_dense.py --sheet scenes.png            # what Scenes look like
 
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, in small.
-Features: patches of the last block after the final norm, no [CLS]; frozen backbone, no augmentation.
-Heads: BatchNorm, then a 1 x 1 convolution, N(0, 0.01), to the classes, and another to 256 uniform bins
-    in [0.001, 20] m, whose relu + 0.1, normalised, weighs them to a depth. Bilinear to the label's size.
-Losses: cross-entropy, label 255 left out; scale-invariant log loss on valid depth (no sky, below 20 m).
-Training: 600 iterations of 32 out of 1000 pictures (split "probe"); AdamW, weight decay 1e-4, learning
-    rate up to 1e-2 in a tenth of them and down along a cosine.
-Test: 500 pictures (split "test"). mIoU: intersection and union summed over the set, classes without a
-    pixel left out. RMSE: per picture over its valid pixels, in metres, then the mean.
+Features: patches of the last block after the final norm, no [CLS]; frozen, no augmentation.
+Heads: BatchNorm, then a 1 x 1 convolution, N(0, 0.01), to the classes, and one to 256 uniform bins
+    in [0.001, 20] m, whose relu + 0.1, normalised, weighs them to a depth. Both are upsampled
+    bilinearly to the label's size.
+Losses: cross-entropy without label 255; scale-invariant log loss on valid depth, 0 to 20 m, no sky.
+Training: 600 iterations of 32 of 1000 pictures (split "probe"); AdamW, weight decay 1e-4, torch's
+    OneCycleLR up to 1e-2 after a tenth.
+Test: 500 pictures (split "test"). mIoU: intersection and union are summed over the set, classes
+    without a pixel left out. RMSE: per picture over its valid pixels, in metres, then the mean.
 """
 
 import argparse
@@ -35,8 +36,9 @@ SCENE_CLASSES = ("sky", "grass", "sand", "paving",
                  "ball", "bush", "crate", "house", "drum", "trunk")
 # Materials. Each comes in three paints, a third of the circle of hues apart and between those of
 # others: the mean colour of all is the same grey. So a linear read-out of colours cannot name them;
-# shape and texture can, or knowing which paints there are. Hue, in turns, is of the first paint. Half
-# the width and the period of an object are in metres, for one 4 m away; aspect is height over width.
+# shape and texture can, or knowing which paints there are. Hue, in turns, is of the first paint.
+# Half the width and the period of an object are in metres, for one 4 m away; aspect is height by
+# width.
 KINDS = torch.tensor([
     # width lo, hi   aspect lo, hi   period   hue     sat  value
     [0.50, 0.80,     1.00, 1.00,     0.72,    3 / 18, 0.66, 0.86],   # ball: dots
@@ -392,7 +394,8 @@ def sheet(path, size: int = 96, n: int = 8) -> None:
     colours = hsv(hue, torch.tensor(0.55), 0.6 + 0.4 * (torch.arange(len(hue)) % 2)).T
     near = torch.where(out["depth"] > 0, 1 - 0.9 * (out["depth"] / Scenes.max_depth).sqrt(), 0)
     classes = colours[out["mask"].long()].movedim(-1, 1)
-    save_image(torch.cat([out["image"] / 255, classes, near[:, None].repeat(1, 3, 1, 1)]), path, nrow=n)
+    rows = out["image"] / 255, classes, near[:, None].repeat(1, 3, 1, 1)
+    save_image(torch.cat(rows), path, nrow=n)
 
 
 def main(argv=None) -> None:

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -66,14 +65,15 @@ SCALES = {
     "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
                   batch_size=32),
     "small": dict(size="small", source_size=160, image_size=128, local_size=64, local_crops=4,
-                  batch_size=256, pictures=50_000, steps=2500, prototypes=1024, hidden=1024,
-                  bottleneck=256, head_norm="batch", lr=5e-4, lr_batch=256, patch_embed_lr=1.0,
-                  drop_path=0.0, layerscale=0.1, ema=0.99, temp_end=0.04),
-    # A CPU affords some 50,000 looks at pictures; the paper's run has two billion. So nano takes small
-    # pictures and few tokens, and needs objectives that start to fall at once: mild colours (with
-    # DINO's, the [CLS] loss stays at ln K for a thousand steps), no more prototypes than a batch can
-    # fill, heads of one layer with batch normalisation (a deeper one solves the task alone, and the
-    # backbone stays as it was), a high learning rate and a teacher that follows closely.
+                  batch_size=256, pictures=50_000, steps=2500, global_scale=(0.4, 1.0), colour=0.2,
+                  prototypes=512, head_layers=1, bottleneck=256, patch_bottleneck=256,
+                  head_norm="batch", lr=1e-3, lr_batch=256, warmup=0.1, patch_embed_lr=1.0,
+                  drop_path=0.0, layerscale=0.1, ema=0.98, ema_end=0.995, temp_end=0.04),
+    # A CPU affords some 50,000 looks at pictures; the paper's run has two billion. So nano takes
+    # small pictures, few tokens, and objectives that fall at once: mild colours (with DINO's, the
+    # [CLS] loss stays at ln K for a thousand steps), no more prototypes than a batch can fill, one
+    # layer with batch normalisation as a head (a deeper one solves the task alone, the backbone
+    # stays as it was), a high learning rate, a teacher that follows closely. `small`: in between.
     "nano": dict(size="nano", source_size=64, image_size=48, local_size=24, local_crops=2,
                  batch_size=32, pictures=4096, steps=1500, global_scale=(0.4, 1.0), colour=0.2,
                  prototypes=128, head_layers=1, bottleneck=64, patch_bottleneck=64,
@@ -231,8 +231,10 @@ class Folder(torch.utils.data.Dataset):
                          f"the first: {bad[0]}")
 
 
-def collate(items):
-    return tuple(zip(*items))
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides when to leave."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def calm() -> float:
@@ -248,9 +250,10 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     if folder:
         loader = torch.utils.data.DataLoader(
             folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
-            collate_fn=collate, pin_memory=args.device == "cuda")
-        for img, bad in loader:
-            yield torch.stack(img).to(args.device, non_blocking=True), sum(bad, [])
+            collate_fn=list, worker_init_fn=ignore_interrupt)
+        for items in loader:
+            img, bad = zip(*items)
+            yield torch.stack(img).to(args.device), sum(bad, [])
     else:
         world = Scenes("train", args.source_size)
         parts = torch.arange(n, device=args.device).split(256)
@@ -325,8 +328,8 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     kinds = [(args.image_size, args.global_scale, 1.0, 0.0),  # size, area, chances: blur, solarise
              (args.image_size, args.global_scale, 0.1, 0.2)]
     kinds += [(args.local_size, args.local_scale, 0.5, 0.0)] * args.local_crops
-    reach = 2 * args.image_size / 224  # DINO blurs by 2 px at the most, at 224 px
-    views = [view(img / 255, u[:, i], *kind, reach, args.colour) for i, kind in enumerate(kinds)]
+    img, reach = img / 255, 2 * args.image_size / 224  # DINO blurs by 2 px at the most, at 224 px
+    views = [view(img, u[:, i], *kind, reach, args.colour) for i, kind in enumerate(kinds)]
     return torch.cat(views[:2]), torch.cat(views[2:]) if args.local_crops else img[:0]
 
 
@@ -397,7 +400,7 @@ class Head(nn.Module):
         super().__init__()
         norm = [BatchNorm()] if norm == "batch" else []
         widths = [width, *[hidden] * (layers - 1), bottleneck]
-        steps = [[nn.Linear(i, o, bias=not norm), *norm, nn.GELU()]  # a bias would be taken off again
+        steps = [[nn.Linear(i, o, bias=not norm), *norm, nn.GELU()]  # the norm would undo a bias
                  for i, o in zip(widths, widths[1:])]
         self.mlp = nn.Sequential(*sum(steps, [])[:-1])  # no GELU at the end
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck))
@@ -411,14 +414,11 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
-    """Teacher logits (B, K) -> targets (B, K): rows sum to 1, all prototypes are used equally.
+    """Teacher logits (B, K), cosines -> targets (B, K): rows sum to 1, prototypes are used equally.
 
     Sinkhorn-Knopp over the batches of all ranks, as in SwAV (arXiv 2006.09882) and DINOv2.
     """
-    top = logits.max()
-    if dist.is_initialized():
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    q = torch.exp((logits - top) / temp)
+    q = torch.exp((logits - 1) / temp)  # at most 1
     for _ in range(iterations):
         q = q / all_sum(q.sum(0)).clamp(min=1e-30)  # every prototype gets the same weight ...
         q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # ... and every token too
@@ -557,6 +557,13 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
             "temp": args.temp_start + (args.temp_end - args.temp_start) * rise}
 
 
+def make_teacher(args, student: Network) -> Network:
+    """A copy of the student that takes no gradient and skips no branch."""
+    teacher = Network(args).to(args.device)
+    teacher.load_state_dict(student.state_dict())
+    return teacher.requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum teacher + (1 - momentum) student, in place."""
@@ -604,7 +611,7 @@ def plain(args) -> dict:
 
 
 def resume(args, student: Network, teacher: Network, optimizer) -> int:
-    """Load --out/last.pt into all three; returns its step. ValueError: missing, or not this run's."""
+    """Load --out/last.pt into all three; returns its step. ValueError: missing or foreign."""
     path = args.out / "last.pt"
     if not path.exists():
         raise ValueError(f"--resume: there is no {path}; leave out --resume, or correct --out")
@@ -663,8 +670,8 @@ def prepare(args, student: Network, ranks: int) -> Folder | None:
     """Refuse what cannot run, before anything is written; returns the folder, None for Scenes."""
     patch = student.backbone.config.patch
     if args.local_crops and args.local_size % patch:
-        raise ValueError(f"--local-size {args.local_size} is not a multiple of the patch, {patch} px;"
-                         f" try {max(args.local_size // patch, 1) * patch}")
+        raise ValueError(f"--local-size {args.local_size} is no multiple of the patch, {patch} px; "
+                         f"try {max(args.local_size // patch, 1) * patch}")
     if args.koleo and args.batch_size < 2:
         raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
                          "or --koleo 0")
@@ -689,15 +696,30 @@ def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
     if not first:
         for old in ("last.pt", "eval.json"):
             (args.out / old).unlink(missing_ok=True)
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True).stdout.strip()
+    git = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
+    try:
+        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     cuda = args.device.startswith("cuda")
     (args.out / "config.json").write_text(json.dumps({
         "command": "python " + " ".join(sys.argv), "args": plain(args), "model": asdict(config),
         "git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "processes": ranks, 
+        "torchvision": torchvision.__version__, "processes": ranks,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
+
+
+def peak_mb(cuda: bool) -> float:
+    """Most memory so far, MiB: the GPU's, or this process's (0 where the system does not say)."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def check_finite(rows: Tensor, names: list[str], first: int) -> None:
@@ -720,8 +742,8 @@ def run(args, rank: int, ranks: int) -> None:
     if args.dry_run:
         return describe(args, student, ranks) if main else None
     folder = prepare(args, student, ranks)
-    student, teacher = student.to(args.device), Network(args).to(args.device).requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
+    student = student.to(args.device)
+    teacher = make_teacher(args, student)
     optimizer = make_optimizer(args, student)
     first = resume(args, student, teacher, optimizer) if args.resume else 0
     if main:
@@ -770,21 +792,20 @@ def run(args, rank: int, ranks: int) -> None:
         if ranks > 1:  # they agree at logged steps, to leave together
             flag = torch.tensor([float(stop)], device=args.device)
             stop = done % args.log_every == 0 and (dist.all_reduce(flag), flag.item() > 0)[1]
-        if done % args.log_every == 0 or done == args.steps or stop:
+        saving = stop or done == args.steps or done % args.save_every == 0
+        if saving or done % args.log_every == 0:
             rows = torch.stack(window).cpu()
             check_finite(rows, list(values), done - len(rows) + 1)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
             line = {"step": done, "epoch": step // (n // batch)}
             line |= dict(zip(values, rows.mean(0).tolist())) | now
-            line |= {"img_per_s": len(rows) * batch / (time.time() - tick), "skipped": skipped,
-                     "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else peak}
+            speed = len(rows) * batch / (time.time() - tick)
+            line |= {"img_per_s": speed, "peak_mb": peak_mb(cuda), "skipped": skipped}
             window = []
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
             if main:
                 with open(args.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
-        if main and (stop or done == args.steps or done % args.save_every == 0):
+        if main and saving:
             save(args.out / "last.pt", {
                 "model": asdict(student.backbone.config), "args": plain(args), "step": done,
                 "student": student.state_dict(), "teacher": teacher.state_dict(),
@@ -822,7 +843,7 @@ def main(argv=None) -> None:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         run(args, rank, ranks)
-    except ValueError as err:
+    except (ValueError, OSError) as err:
         sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
     finally:
         if dist.is_initialized():

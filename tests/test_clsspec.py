@@ -224,8 +224,8 @@ def test_names_are_those_of_dino_and_dinov2():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(spec=("norm",)), "unknown component 'norm'"), (dict(spec=("qkv",), spec_blocks=13), "outside 0 to 12"),
-    (dict(spec=("qkv",), spec_where="middle"), "'middle'"), (dict(spec=("norms",), spec_rank=4), "needs the component qkv"),
-    (dict(image_size=60), "not a multiple of the patch .8 px.; try 64"), (dict(heads=5), "not a multiple of 5 heads")])
+    (dict(spec=("qkv",), spec_where="middle"), "'middle'"), (dict(spec=("norms",), spec_rank=4), "needs component qkv"),
+    (dict(image_size=60), "no multiple of the patch, 8 px; try 64"), (dict(heads=5), "not a multiple of 5 heads")])
 def test_bad_configurations_say_what_to_do(changes, words):
     with pytest.raises(ValueError, match=words):
         config("nano", **changes)
@@ -236,7 +236,7 @@ def test_other_bad_input():
         config("giant")
     with pytest.raises(ValueError, match="33 x 32 px.*multiples of the patch, 8 px"):
         vit()(torch.randn(1, 3, 33, 32))
-    with pytest.raises(ValueError, match="specialised already"):
+    with pytest.raises(ValueError, match="has norms already"):
         specialize(specialize(vit(), ("norms",)), ("qkv",))
     with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
         clsspec.load("nowhere.pt")

@@ -1,8 +1,14 @@
+"""Scenes against a naive ray-caster; metrics and losses against loops; probes on features that know or do not."""
+
+import json
 import math
+import types
 
 import pytest
 import torch
 
+import eval_dense
+import train
 from eval_dense import SCENE_CLASSES, SPLITS, Scenes
 
 F64 = torch.float64
@@ -158,3 +164,101 @@ def test_errors():
     for bad in (-1, Scenes.span):
         with pytest.raises(ValueError, match=f"got {bad}"):
             Scenes()(torch.tensor([0, bad]))
+
+
+# --- metrics and probes ------------------------------------------------------------------------------
+
+
+def test_iou_equals_a_loop_with_ignored_pixels_and_absent_classes():
+    torch.manual_seed(0)
+    predicted, truth = torch.randint(0, 4, (3, 8, 8)), torch.randint(0, 3, (3, 8, 8))
+    predicted[0, 0] = 1
+    truth[torch.rand(truth.shape) < 0.2] = 255
+    counts = eval_dense.confusion(predicted, truth.to(torch.uint8), 5)
+    for c, ours in enumerate(eval_dense.class_iou(counts).tolist()):
+        pairs = [(p, t) for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist()) if t != 255]
+        both = sum(p == c and t == c for p, t in pairs)
+        either = sum(p == c or t == c for p, t in pairs)
+        assert math.isnan(ours) if either == 0 else ours == pytest.approx(both / either)
+    assert math.isnan(eval_dense.class_iou(counts)[4]) and eval_dense.class_iou(counts)[3] == 0
+
+
+def test_silog_is_its_formula_on_valid_pixels():
+    predicted, truth = torch.rand(2, 4, 4) + 0.5, torch.rand(2, 4, 4) + 0.5
+    truth[0, 0] = 0
+    g = [math.log(p) - math.log(t) for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist()) if t > 0]
+    mean = sum(g) / len(g)
+    var = sum((v - mean) ** 2 for v in g) / len(g)
+    expected = math.sqrt(var + 0.15 * mean**2)
+    assert eval_dense.silog(predicted, truth).item() == pytest.approx(expected, rel=1e-4)
+    assert eval_dense.silog(2 * truth.clamp(min=0.1), truth).item() == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-3)
+
+
+def test_normalise_is_imagenets():
+    white = eval_dense.normalise(torch.ones(1, 3, 2, 2))[0, :, 0, 0]
+    assert white.tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+
+
+class Oracle(torch.nn.Module):
+    """A backbone whose patches say the picture's class and its depth, or only noise."""
+
+    def __init__(self, knows: bool):
+        super().__init__()
+        self.config, self.knows = types.SimpleNamespace(patch=8), knows
+        self.draw = torch.Generator().manual_seed(0)
+
+    def forward(self, img):
+        value = (img[:, 0].mean((1, 2)) * 0.229 + 0.485) * 255 / 50
+        one = torch.nn.functional.one_hot(value.round().long(), 4).float()[:, None].expand(-1, 4, -1)
+        return {"patches": one if self.knows else torch.randn(len(img), 4, 4, generator=self.draw)}
+
+
+def constant_pictures(n, draw):
+    c = torch.randint(0, 4, (n,), generator=draw)
+    full = lambda v: v[:, None, None].expand(-1, 16, 16)
+    depth = full(c + 1.0).clone()
+    depth[:, 0] = 0
+    mask = full(c).to(torch.uint8).clone()
+    mask[:, :2] = 255
+    return {"image": full(50 * c).to(torch.uint8)[:, None].expand(-1, 3, -1, -1), "mask": mask, "depth": depth}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_probe_reads_what_is_there_and_nothing_else(knows):
+    draw = torch.Generator().manual_seed(1)
+    train_set, test_set = constant_pictures(200, draw), constant_pictures(100, draw)
+    result = eval_dense.probe(Oracle(knows), train_set, test_set, 4, 10.0, iterations=300)
+    if knows:
+        assert result["miou"] > 99.9 and result["rmse"] < 0.3
+    else:
+        assert result["miou"] < 30 and result["rmse"] > 0.8
+
+
+def test_probe_is_repeatable_and_leaves_the_random_state_alone():
+    draw = torch.Generator().manual_seed(1)
+    sets = constant_pictures(20, draw), constant_pictures(10, draw)
+    torch.manual_seed(5)
+    first = eval_dense.probe(Oracle(True), *sets, 4, 10.0, iterations=5)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    assert first == eval_dense.probe(Oracle(True), *sets, 4, 10.0, iterations=5)
+
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    flags = "--scale nano --device cpu --pictures 8 --batch-size 4 --steps 1 --no-probe".split()
+    train.main([*flags, "--spec", "norms", "--out", str(tmp_path / "a")])
+    real = eval_dense.scenes
+    monkeypatch.setattr(eval_dense, "scenes", lambda *a: real(*a, train=40, test=20))
+    eval_dense.main([str(tmp_path / "a"), "--device", "cpu"])
+    assert "mIoU" in capsys.readouterr().out
+    result = json.loads((tmp_path / "a/eval.json").read_text())["teacher"]
+    assert 0 < result["miou"] < 100 and result["rmse"] > 0 and len(result["iou"]) == 10
+    eval_dense.main(["--sheet", str(tmp_path / "sheet.png")])
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags, words", [([], "give a run folder"), (["nowhere"], "no checkpoint at nowhere")])
+def test_bad_input_is_one_line(flags, words):
+    with pytest.raises(SystemExit, match=words):
+        eval_dense.main(flags)

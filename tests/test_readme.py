@@ -1,0 +1,35 @@
+"""What the README tells a reader to type."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import clsspec
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"(?:python|torchrun)[^`\n|&]*train\.py[^`\n|&#]*", README)))
+
+
+def test_there_are_commands():
+    assert "python train.py --spec norms,qkv --spec-blocks 8" in [c.strip() for c in COMMANDS]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_train_commands_have_flags_that_exist(command):
+    args = train.parse(shlex.split(command.split("train.py", 1)[1]))
+    clsspec.config(args.size, args.spec_blocks, spec=args.spec, image_size=args.image_size)
+
+
+def test_files_that_it_names_exist():
+    for name in re.findall(r"(?:results/|tests/)[\w./-]*\w|\w+\.py", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_flag_and_logged_key_it_names_exists():
+    source = "".join((ROOT / f).read_text() for f in ("train.py", "eval_dense.py"))
+    for flag in re.findall(r"`--([a-z-]+)", README):
+        assert f'"{flag}"' in source or f'"--{flag}"' in source, flag

@@ -335,12 +335,19 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
     assert not list((tmp_path / "a").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--checkpointing"], ["--recipe", "dino"],
+                                   ["--no-separate-head"], ["--mask-share", "0"], ["--head-norm", "none"]])
+def test_other_ways_to_run(tmp_path, flags):
+    run(tmp_path / "a", "--spec", "norms,qkv,proj,mlp,final", "--layerscale", "0.1", "--steps", 2, *flags)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged(tmp_path / "a"))
+
+
 def test_plain_and_specialised_runs_start_equal(tmp_path):
-    first = {}
-    for spec in ("", "norms,qkv"):
-        run(tmp_path / f"x{spec}", "--spec", spec, "--steps", 1)
-        first[spec] = logged(tmp_path / f"x{spec}")[0]["loss"]
-    assert first[""] == pytest.approx(first["norms,qkv"], rel=1e-5)
+    first = []
+    for i, flags in enumerate(([], ["--spec", "norms,qkv"], ["--spec", "qkv", "--spec-rank", 2])):
+        run(tmp_path / str(i), *flags, "--steps", 1)
+        first.append(logged(tmp_path / str(i))[0]["loss"])
+    assert first[1:] == pytest.approx(first[:1] * 2, rel=1e-5)
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path):

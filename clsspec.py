@@ -126,7 +126,7 @@ class Specialised(nn.Module):
         self.rank = rank
         self.patch = layer
         if rank:
-            with torch.random.fork_rng(devices=[]):  # what is built later starts as in a plain model
+            with torch.random.fork_rng(devices=[]):  # what is built later is as in a plain model
                 down = nn.Linear(layer.in_features, rank, bias=False)
                 up = nn.Linear(rank, layer.out_features, bias=False)
             nn.init.zeros_(up.weight)

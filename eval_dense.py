@@ -19,8 +19,11 @@ Test: 500 pictures (split "test"). mIoU: intersection and union are summed over 
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 
 import torch
 import torch.nn.functional as F

@@ -27,8 +27,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-# Threads that wait for each other should not spin for long. Beside another busy program on two cores
-# Scenes are made at 5 pictures/s with GNU OpenMP's default, at 498 with this; alone at 628 and 725.
+# Threads that wait for each other should not spin for long: beside a busy program on two cores,
+# Scenes are made at 5 pictures/s with GNU OpenMP's default, at 498 with this; alone at 628, 725.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch

@@ -761,13 +761,14 @@ def run(args, rank: int, ranks: int) -> None:
     learner = nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     cast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.precision == "bf16")
     patch, n = student.backbone.config.patch, len(folder) if folder else args.pictures
-    batch, window, skipped, signals = args.batch_size * ranks, [], 0, []
+    batch, window, skipped, signals, tick = args.batch_size * ranks, [], 0, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):  # save, then leave
         signal.signal(number, lambda number, _: signals.append(number))
     bar = tqdm(total=args.steps, initial=first, unit="step", disable=not main, dynamic_ncols=True,
                mininterval=calm())
     for step, (img, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
-        tick = tick if window else time.time()
+        if step == first:
+            tick = time.time()  # not before there are pictures
         now = schedule(args, step, ranks)
         for group in optimizer.param_groups:
             held = group["kind"] == "last" and step < args.freeze_last * args.steps
@@ -802,7 +803,7 @@ def run(args, rank: int, ranks: int) -> None:
             check_finite(rows, list(values), done - len(rows) + 1)
             line = {"step": done, "epoch": step // (n // batch)}
             line |= dict(zip(values, rows.mean(0).tolist())) | now
-            speed = len(rows) * batch / (time.time() - tick)
+            speed, tick = len(rows) * batch / (time.time() - tick), time.time()
             line |= {"img_per_s": speed, "peak_mb": peak_mb(cuda), "skipped": skipped}
             window = []
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
@@ -832,7 +833,7 @@ def final_table(args, trained: clsspec.ViT) -> None:
     untrained = Network(args).backbone.to(args.device)
     results = {name: eval_dense.scenes(model.eval(), args.source_size)
                for name, model in (("untrained", untrained), ("trained", trained))}
-    print(f"\nlinear probe on Scenes  mIoU %   depth RMSE m")
+    print("\nlinear probe on Scenes  mIoU %   depth RMSE m")
     for name, r in results.items():
         print(f"  {name:20} {r['miou']:7.2f} {r['rmse']:14.3f}")
     (args.out / "eval.json").write_text(json.dumps(results, indent=1))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -434,7 +435,7 @@ def test_bad_flags_are_one_clear_line(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = error(*flags)
     assert message.startswith("error: ")
-    assert pytest.importorskip("re").search(words, message), message
+    assert re.search(words, message), message
     assert not (tmp_path / "runs").exists()
 
 

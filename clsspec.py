@@ -289,10 +289,12 @@ class ViT(nn.Module):
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
         return torch.cat([cls, rearrange(patches, "1 c h w -> 1 (h w) c").to(cls.dtype)], dim=1)
 
-    def forward(self, img: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, img: Tensor, mask: Tensor | None = None,
+                layer: int | None = None) -> dict[str, Tensor]:
         """img: (B, 3, h p, w p), normalised pictures; mask: (B, N) bool, True hides a patch.
 
-        Returns the tokens after the final norm: cls (B, D), patches (B, N, D).
+        layer: go through this many blocks; None: through all. Returns the tokens after the final
+        norm: cls (B, D), patches (B, N, D).
         Raises ValueError if a side is not a multiple of the patch p.
         """
         p = self.config.patch
@@ -304,7 +306,7 @@ class ViT(nn.Module):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, T, D)
         x = x + self.positions(img.shape[-2] // p, img.shape[-1] // p)
-        for block in self.blocks:
+        for block in self.blocks[:layer]:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -348,10 +350,14 @@ def flops(c: Config, h: int, w: int) -> int:
 
 
 def load(path, network: str = "teacher") -> ViT:
-    """The ViT of the "teacher" or "student" in a checkpoint of train.py; on the CPU, eval mode."""
+    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both were
+    at step 0; on the CPU, eval mode."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
+        if network == "untrained":
+            torch.manual_seed(state["args"]["seed"])
+            return ViT(cfg).eval()
         parts = ((name.partition("backbone."), value) for name, value in state[network].items())
         weights = {name: value for (_, found, name), value in parts if found}
     except FileNotFoundError:

@@ -1,39 +1,83 @@
-"""Judge dense features: frozen patches, one linear layer, pictures whose every pixel is known.
+"""Judge frozen features: linear probes on pictures whose every pixel is known.
 
-    python eval_dense.py runs/NAME                     # mIoU and depth RMSE on Scenes, to eval.json
-    python eval_dense.py runs/NAME --network student   # the teacher is judged by default
-    python eval_dense.py --sheet scenes.png            # what Scenes look like
+    python eval_dense.py runs/NAME                       # all tasks on Scenes; writes eval.json
+    python eval_dense.py runs/a runs/b                   # a table, and b - a over the same pictures
+    python eval_dense.py runs/NAME --network untrained   # the same network at step 0
+    python eval_dense.py runs/NAME --data voc --root path/to/VOC --tasks seg
+    python eval_dense.py --sheet scenes.png              # what Scenes look like
 
-Protocol: DINOv2's linear segmentation and DINOv3's linear depth, in small.
-Features: patches of the last block after the final norm, no [CLS]; frozen, no augmentation.
-Heads: BatchNorm, then a 1 x 1 convolution, N(0, 0.01), to the classes, and one to 256 uniform bins
-    in [0.001, 20] m, whose relu + 0.1, normalised, weighs them to a depth. Both are upsampled
-    bilinearly to the label's size.
-Losses: cross-entropy without label 255; scale-invariant log loss on valid depth, 0 to 20 m, no sky.
-Training: 600 iterations of 32 of 1000 pictures (split "probe"); AdamW, weight decay 1e-4, torch's
-    OneCycleLR up to 1e-2 after a tenth.
-Test: 500 pictures (split "test"). mIoU: intersection and union are summed over the set, classes
-    without a pixel left out. RMSE: per picture over its valid pixels, in metres, then the mean.
+Protocol: DINOv2's linear segmentation and classification, DINOv3's linear depth, DINO's k-NN.
+Features  patches of the last block (--layer: of another) after the final norm, no [CLS] (--cat-cls:
+          beside every patch); the backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
+Pictures  resized, with antialias, to --image-size on the shorter side (0: as they are) and to the
+          nearest multiple of the patch on both; labels are not. With --crop, heads are trained on
+          crops: scale 0.5 to 2 (1 where there is depth), flip, padded with 255 or no depth.
+Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0. seg: to classes. depth: to 256 uniform
+          bins from 0.001 m to the set's largest depth; relu + 0.1, normalised, weighs them to a
+          depth. Both are upsampled bilinearly (corners not aligned) to the label's size.
+Losses    seg: cross-entropy, 255 ignored. depth: scale-invariant log loss, sqrt(var(g) + 0.15
+          mean(g)^2), g = log prediction - log truth, valid pixels only. Each iteration looks at
+          every (patch / 2)th row and column of the labels, from a random first one.
+Training  AdamW, weight decay 1e-4, betas 0.9 and 0.999; linear warm-up, then linearly to 0; batches
+          are drawn with replacement. Of several --lr, each head's is chosen on a tenth of the
+          training pictures, which it has not seen.
+Test      whole pictures, or --window with logits and depth averaged where windows overlap; --flip:
+          averaged with the mirrored picture's.
+cls       [CLS], or [CLS] beside the mean patch, into softmax regression: SGD, momentum 0.9, batch
+          128, 2000 iterations, cosine to 0; input and learning rate (12, 0.001 to 5) by five-fold
+          cross-validation in the training set, then trained on all of it.
+knn       [CLS], cosine, k = 20, votes weigh exp(cosine / 0.07).
+Metrics   miou: mean over classes of intersection / union summed over the set, classes that neither
+          truth nor prediction has left out. rmse (m), absrel = mean(|p - t| / t), delta1 = share
+          with max(p / t, t / p) < 1.25: per picture over valid pixels, then the mean. linear, knn:
+          accuracy. In % but rmse and absrel.
+
+               shorter side  crop, window  iterations x batch  --lr              warm-up  classes
+  scenes       8 patches     -             1000 x 128          3e-2              0.1      10
+  pairs        as it is      -             1000 x 32           1e-2              0.1      its own
+  voc, ade20k  512           512           40000 x 16          1e-3              1500     21, 150
+  cityscapes   1024          512           40000 x 16          1e-3              1500     19
+  nyu, sunrgbd 480           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
+  kitti        352           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
+  imagefolder  256, of which the middle 224; cls and knn only
+
+Largest depth: 20 m in scenes, 10 in nyu, 8 in sunrgbd, 80 in kitti; in pairs that of its training pictures.
+
+nyu is judged in Eigen's crop, kitti in Garg's; sunrgbd's heads are trained on nyu. Scenes: 2000 of
+split "probe", 1000 of "test". Ours, not the papers': the sampled rows and columns, no colour and no
+rotation augmentation, schedules of the short protocols.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+import torchvision
+from PIL import Image  # comes with torchvision
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 import clsspec
 from clsspec import ViT
 
+TASKS, DENSE = ("seg", "depth", "cls", "knn"), ("seg", "depth")
+METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
+           "linear": "{:.2f} %", "knn": "{:.2f} %"}
 SPLITS = ("train", "probe", "test")
 SCENE_CLASSES = ("sky", "grass", "sand", "paving",
                  "ball", "bush", "crate", "house", "drum", "trunk")
@@ -283,7 +327,295 @@ class Scenes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Frozen features, linear heads, metrics.
+# Labelled pictures: how each data set lies on a disk, and its protocol.
+
+
+def decode(file, *modes: str) -> Tensor:
+    """A picture (channels, H, W), as it is stored, or as RGB. ValueError: unreadable, other mode."""
+    try:
+        with Image.open(file) as img:
+            mode = img.mode
+            pixels = TF.pil_to_tensor(img.convert("RGB") if modes == ("RGB",) else img)
+    except Exception as err:  # whatever a decoder makes of a broken file
+        why = (str(err) or type(err).__name__).splitlines()[0]
+        raise ValueError(f"cannot read {file} ({why}); mend it or take it out") from None
+    if modes != ("RGB",) and mode not in modes:
+        need = "an 8-bit index PNG" if "P" in modes else "a 16-bit grey PNG"
+        raise ValueError(f"{file} must be {need}, but its mode is {mode}; convert it")
+    return pixels
+
+
+def random_crop(item: dict, u, size: int, crop: int) -> dict:
+    """An item's crop: (crop, crop), by four uniform numbers u: scale, top, left, flip."""
+    h, w = item["image"].shape[-2:]
+    scale = (size / min(h, w) if size else 1) * (1 if "depth" in item else 0.5 + 1.5 * u[0])
+    h, w = max(round(h * scale), 1), max(round(w * scale), 1)
+    right, bottom = max(crop - w, 0), max(crop - h, 0)
+    top, left = int(u[1] * (h + bottom - crop + 1)), int(u[2] * (w + right - crop + 1))
+    out = {}
+    for kind, x in item.items():
+        how = InterpolationMode.BILINEAR if kind == "image" else InterpolationMode.NEAREST_EXACT
+        x = TF.resize(x if kind == "image" else x[None], [h, w], how, antialias=True)
+        x = F.pad(x, (0, right, 0, bottom), value=255 if kind == "mask" else 0)
+        x = x[:, top : top + crop, left : left + crop]
+        out[kind] = x.flip(2) if u[3] < 0.5 else x
+    return {k: v if k == "image" else v[0] for k, v in out.items()}
+
+
+def stack(items: list[dict]) -> dict[str, Tensor]:
+    """Items -> one dict of stacked tensors. ValueError where pictures have several sizes."""
+    for item in items:
+        for kind in item.keys() - {"name", "label"}:
+            a, b = (tuple(x[kind].shape[-2:]) for x in (item, items[0]))
+            if a != b:
+                raise ValueError(f"{item['name']}: its {kind} has {a} pixels (rows, columns), that "
+                                 f"of {items[0]['name']} {b}; for several sizes give --crop")
+    return {k: torch.stack([x[k] for x in items]) for k in items[0].keys() - {"name"}}
+
+
+@dataclass
+class Pictures(torch.utils.data.Dataset):
+    """One split of a data set, on disk (`rows`) or in `memory`. An item has what the set has: image
+    uint8 (3, H, W), mask uint8 (H, W), depth float (H, W) in metres, 0: none; label, an int."""
+
+    rows: list[dict] = ()  # paths `image`, `mask`, `depth`, an int `label`
+    memory: dict[str, Tensor] | None = None  # the items, stacked
+    classes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    ids: Tensor | None = None  # (256,) number in a mask -> class; None: it is the class
+    max_depth: float = 10.0  # metres; what is farther is not valid
+    unit: float = 1e-3  # metres, of one count in a depth file
+    rotated: bool = False  # SUN RGB-D: the 16 bits are turned by three
+    region: tuple = (0, 1, 0, 1)  # where depth is valid: top, bottom, left, right, as shares
+    frame: tuple | None = None  # KITTI: rows and columns that are kept, at the bottom in the middle
+    size: int = 0  # with crop and patch: see Protocol
+    crop: int = 0
+    patch: int = 1
+
+    def __len__(self) -> int:
+        return len(self.memory["image"]) if self.memory else len(self.rows)
+
+    def batches(self, order, workers: int = 0):
+        """Yield dicts of stacked items. order: lists of numbers, or of (number, u) for crops."""
+        if not self.memory:
+            return torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
+                                               collate_fn=stack, generator=torch.Generator())
+        at = lambda i: torch.as_tensor(i, device=self.memory["image"].device)
+        return ({k: v[at(i)] for k, v in self.memory.items()} for i in order)
+
+    def __getitem__(self, key) -> dict:
+        i, u = key if isinstance(key, tuple) else (key, None)
+        row, item = self.rows[i], {"image": decode(self.rows[i]["image"], "RGB")}
+        if "label" in row:  # the middle of the picture
+            img = TF.resize(item["image"], [self.size * 8 // 7], antialias=True)
+            return {"image": TF.center_crop(img, [self.size]), "label": torch.tensor(row["label"])}
+        if "mask" in row:
+            item["mask"] = self.mask(row["mask"])
+        if "depth" in row:
+            count = decode(row["depth"], "I;16", "I")[0].int()
+            depth = (count >> 3 | count << 13 & 0xFFFF if self.rotated else count) * self.unit
+            item["depth"] = torch.where(depth <= self.max_depth, depth, 0)
+        h, w = item["image"].shape[-2:]
+        for kind, x in item.items():
+            if x.shape[-2:] != (h, w):
+                raise ValueError(f"{row[kind]} has {tuple(x.shape[-2:])} pixels (rows, columns), "
+                                 f"{row['image']} has {(h, w)}; make them equal")
+        if self.frame:
+            top, left = h - min(self.frame[0], h), (w - min(self.frame[1], w)) // 2
+            item = {k: x[..., top:, left : left + self.frame[1]] for k, x in item.items()}
+            h, w = item["image"].shape[-2:]
+        if u:
+            return random_crop(item, u, self.size, self.crop) | {"name": row["image"]}
+        if "depth" in item:
+            lines = [torch.arange(n) for n in (h, w)]
+            ends = [int(a * n + 1e-6) for a, n in zip(self.region, (h, h, w, w))]
+            inside = [(ends[j] <= x) & (x < ends[j + 1]) for x, j in zip(lines, (0, 2))]
+            item["depth"] = item["depth"] * inside[0][:, None] * inside[1]
+        scale = self.size / min(h, w) if self.size else 1
+        fitted = [max(round(n * scale / self.patch), 1) * self.patch for n in (h, w)]
+        item["image"] = TF.resize(item["image"], fitted, antialias=True)
+        return item | {"name": row["image"]}
+
+    def mask(self, file) -> Tensor:
+        """A file's classes (H, W) uint8; ValueError where it is no map of this set's classes."""
+        mask = decode(file, "P", "L")[0]
+        mask = mask if self.ids is None else self.ids[mask.long()]
+        beyond = mask[(mask >= len(self.classes)) & (mask != 255)]
+        if len(beyond):
+            raise ValueError(f"{file} has class {beyond.max()}, but the set has only "
+                             f"{len(self.classes)}, from 0 on; mend the mask or classes.txt")
+        return mask
+
+
+# How a set is opened: (folder, split "train" or "val") -> Pictures. The first lines say what is
+# expected in the folder and where it is had, to readers and in error messages.
+
+
+def pairs(at: Path, split: str) -> Pictures:
+    """images/{train,val}/NAME.jpg (or png), and one or both of masks/{train,val}/NAME.png (8-bit
+    index, 255: ignored) and depth/{train,val}/NAME.png (16-bit millimetres, 0: none); classes.txt
+    (a class a line) if you like"""
+    folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
+    folders = {k: folder for k, folder in folders.items() if folder.is_dir()}
+    if not folders:
+        raise OSError(f"neither masks/{split} nor depth/{split} is there")
+    files = sorted((at / "images" / split).iterdir())
+    rows = [{"image": str(f)} | {k: str(d / f"{f.stem}.png") for k, d in folders.items()}
+            for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    classes, file, far = (), at / "classes.txt", 0.0
+    if "depth" in folders:
+        far = max((decode(f, "I;16", "I").int().max().item() for f in (at / "depth/train").glob("*.png")),
+                  default=0) / 1000
+    if "mask" in folders and file.exists():
+        lines = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
+        classes = tuple(line[len(line) > 1] for line in lines if line[0][0] != "#")
+    elif "mask" in folders:
+        every = Pictures(classes=range(255))
+        most = (every.mask(f) for f in sorted((at / "masks/train").glob("*.png")))
+        classes = range(1 + max((m[m != 255].max().item() for m in most if (m != 255).any()),
+                                default=0))
+    return Pictures(rows, classes=tuple(map(str, classes)), max_depth=far)
+
+
+def voc(at: Path, split: str) -> Pictures:
+    """VOCdevkit/VOC2012/ with JPEGImages, SegmentationClass and ImageSets/Segmentation, from
+    host.robots.ox.ac.uk/pascal/VOC/voc2012"""
+    found = torchvision.datasets.VOCSegmentation(at, "2012", split)
+    names = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+             "horse motorbike person pottedplant sheep sofa train tvmonitor")
+    rows = [{"image": a, "mask": b} for a, b in zip(found.images, found.masks)]
+    return Pictures(rows, classes=tuple(names.split()))
+
+
+def ade20k(at: Path, split: str) -> Pictures:
+    """ADEChallengeData2016/ with images/{training,validation} and annotations/ the same, from
+    data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"""
+    at, part = at / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
+    rows = [{"image": str(f), "mask": str(at / "annotations" / part / f"{f.stem}.png")}
+            for f in sorted((at / "images" / part).glob("*.jpg"))]
+    ids = (torch.arange(256) + 255).to(torch.uint8)  # class 1 is ours 0; 0, "other", is ignored
+    return Pictures(rows, ids=ids, classes=tuple(f"class {i + 1}" for i in range(150)))
+
+
+def cityscapes(at: Path, split: str) -> Pictures:
+    """leftImg8bit/{train,val} and gtFine/{train,val}, from www.cityscapes-dataset.com"""
+    found = torchvision.datasets.Cityscapes(str(at), split, target_type="semantic")
+    kept = {c.train_id: c for c in found.classes if 0 <= c.train_id < 255}
+    ids = torch.full((256,), 255, dtype=torch.uint8)
+    for c in kept.values():
+        ids[c.id] = c.train_id
+    rows = sorted(zip(found.images, (t[0] for t in found.targets)))
+    return Pictures([{"image": a, "mask": b} for a, b in rows], ids=ids,
+                    classes=tuple(kept[i].name for i in range(19)))
+
+
+def listed(file: Path, images: Path, depths: Path) -> list[dict]:
+    """Lines "PICTURE DEPTH ..." -> rows; pictures without depth ("None") are left out."""
+    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    return [{"image": str(images / a.strip("/")), "depth": str(depths / b.strip("/"))}
+            for a, b, *_ in lines if b != "None"]
+
+
+def nyu(at: Path, split: str) -> Pictures:
+    """nyu_train.txt and nyu_test.txt, lines "PICTURE DEPTH FOCAL", and what they name: sync.zip and
+    the lists of github.com/cleinc/bts"""
+    test, eigen = split == "val", (45 / 480, 471 / 480, 41 / 640, 601 / 640)
+    rows = listed(at / f"nyu_{'test' if test else 'train'}.txt", at, at)
+    return Pictures(rows, region=eigen if test else (0, 1, 0, 1))
+
+
+def kitti(at: Path, split: str) -> Pictures:
+    """kitti_eigen_train.txt and kitti_eigen_test.txt, lines "PICTURE DEPTH FOCAL", of
+    github.com/cleinc/bts; pictures in input/, depth in gt_depth/, both from
+    www.cvlibs.net/datasets/kitti/eval_depth.php"""
+    test, garg = split == "val", (0.40810811, 0.99189189, 0.03594771, 0.96405229)
+    name = f"kitti_eigen_{'test' if test else 'train'}.txt"
+    return Pictures(listed(at / name, at / "input", at / "gt_depth"), unit=1 / 256, max_depth=80.0,
+                    region=garg if test else (0, 1, 0, 1), frame=(352, 1216))
+
+
+def sunrgbd(at: Path, split: str) -> Pictures:
+    """nyu/ as --data nyu wants it, and SUNRGBD/ from rgbd.cs.princeton.edu with
+    SUNRGBD_val_splits.txt, lines "PICTURE DEPTH", of
+    github.com/zhyever/Monocular-Depth-Estimation-Toolbox"""
+    if split == "train":
+        return nyu(at / "nyu", split)
+    at = at / "SUNRGBD"
+    return Pictures(listed(at / "SUNRGBD_val_splits.txt", at, at), rotated=True, max_depth=8.0)
+
+
+def imagefolder(at: Path, split: str) -> Pictures:
+    """train/CLASS/ and val/CLASS/ with pictures"""
+    found = torchvision.datasets.ImageFolder(at / split)
+    rows = [{"image": file, "label": label} for file, label in found.samples]
+    return Pictures(rows, labels=tuple(found.classes))
+
+
+@lru_cache(maxsize=4)
+def rendered(split: str, size: int, n: int, device: torch.device) -> Pictures:
+    memory = Scenes(split, size)(torch.arange(n, device=device))
+    return Pictures(memory=memory, classes=Scenes.classes, labels=Scenes.labels,
+                    max_depth=Scenes.max_depth)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured and how, see the top of this file. PROTOCOLS has one for every data set."""
+
+    tasks: tuple[str, ...]  # of TASKS
+    size: int = 0  # shorter side of the pictures, pixels; 0: as they are
+    crop: int = 0  # side of the crops that heads are trained on, pixels; 0: whole pictures
+    window: int = 0  # side of the windows to test in, two thirds of it apart; 0: whole pictures
+    flip: bool = False
+    layer: int | None = None  # number of blocks; None: all
+    cat_cls: bool = False
+    iterations: int = 1000
+    batch_size: int = 32
+    lr: tuple[float, ...] = (1e-2,)
+    warmup: float = 0.1  # share of the iterations
+    train: int = 2000  # number of Scenes
+    test: int = 1000
+    seed: int = 0  # of the heads and their batches
+
+
+SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e-3,),
+               warmup=1500 / 40_000)
+DEPTH = Protocol(("depth",), 480, flip=True, iterations=38_400, batch_size=16,
+                 lr=(3e-4, 1e-3, 5e-3), warmup=1 / 3)
+PROTOCOLS = {
+    "scenes": Protocol(TASKS, batch_size=128, lr=(3e-2,)), "pairs": Protocol(DENSE),
+    "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, size=1024),
+    "nyu": DEPTH, "kitti": replace(DEPTH, size=352), "sunrgbd": DEPTH,
+    "imagefolder": Protocol(("cls", "knn"), 224)}
+OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunrgbd, imagefolder)}
+
+
+def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
+    """The training and the test split. ValueError: what is missing, expected, and had where."""
+    if data == "scenes":
+        size = p.size or 8 * patch
+        return [rendered("probe", size, p.train, device), rendered("test", size, p.test, device)]
+    at, sets = Path(root or f"data/{data}"), []
+    wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
+    for split in ("train", "val"):
+        try:
+            found = OPEN[data](at, split)
+        except (OSError, RuntimeError, KeyError) as err:
+            raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
+        files = [row[k] for row in found.rows for k in ("image", "mask", "depth") if k in row]
+        missing = [file for file in files if not os.path.exists(file)]
+        if missing or not files:
+            what = f"{len(missing)} of {len(files)} files are missing, as {missing[0]}" if files \
+                else f"no picture in split {split}"
+            raise ValueError(f"{what}; {wanted}")
+        sets.append(replace(found, size=p.size, crop=p.crop, patch=patch))
+    if sets[0].labels != sets[1].labels:
+        raise ValueError(f"train/ and val/ of {at} have other classes; {wanted}")
+    return sets
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen features and linear heads.
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, RGB in [0, 1]
 
@@ -293,141 +625,465 @@ def normalise(img: Tensor) -> Tensor:
     return (img - img.new_tensor(MEAN)[:, None, None]) / img.new_tensor(STD)[:, None, None]
 
 
+QUIET = 0.5 if sys.stderr.isatty() else 20  # seconds between a bar's pictures: files keep them all
+
+
+def bar(stream, title: str, total: int):
+    return tqdm(stream, title, total, leave=False, dynamic_ncols=True, mininterval=QUIET)
+
+
 @torch.no_grad()
-def patch_features(model: ViT, img: Tensor, batch: int = 100) -> Tensor:
-    """uint8 pictures (n, 3, H, W) -> patches after the final norm, (n, D, h, w)."""
-    h = img.shape[-2] // model.config.patch
-    parts = [model(normalise(part / 255))["patches"] for part in img.split(batch)]
-    return rearrange(torch.cat(parts), "n (h w) d -> n d h w", h=h).contiguous()
+def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
+    """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
+    and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D)."""
+    with torch.autocast(img.device.type, torch.bfloat16, enabled=img.is_cuda):
+        out = model(normalise(img / 255), layer=p.layer)
+    cls, x = out["cls"].float(), out["patches"].float()
+    image = torch.cat([cls, x.mean(1)], 1)
+    x = torch.cat([x, cls[:, None].expand_as(x)], 2) if p.cat_cls else x
+    return x.unflatten(1, (img.shape[-2] // model.config.patch, -1)), image
 
 
-def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Class maps of equal shape -> counts (classes, classes), row = truth; truth 255 is ignored."""
-    keep = truth != 255
-    pair = truth[keep].long() * classes + predicted[keep]
-    return torch.bincount(pair, minlength=classes**2).view(classes, classes)
+@lru_cache(maxsize=64)
+def bilinear(n_in: int, n_out: int, device: torch.device) -> Tensor:
+    """Weights (n_out, n_in) of bilinear resizing along one side, as F.interpolate's."""
+    eye = torch.eye(n_in, device=device)[None]
+    return F.interpolate(eye, size=n_out, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-def class_iou(counts: Tensor) -> Tensor:
-    """Intersection over union per class in [0, 1] over the whole set; NaN: nobody has it."""
-    hit = counts.diag().double()
-    return hit / (counts.sum(0) + counts.sum(1) - hit)
+class Head(nn.Module):
+    """A linear probe: BatchNorm and one linear layer, to classes or to bins of depth."""
+
+    def __init__(self, task: str, width: int, classes: int, max_depth: float, bins: int = 256):
+        super().__init__()
+        self.task = task
+        self.norm = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(width, classes if task == "seg" else bins)
+        self.register_buffer("bins", torch.linspace(1e-3, max_depth, bins))  # metres
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, h, w, D), and weights of upsampling, rows (H, h), columns (W, w) -> logits
+        (B, classes, H, W), or depth in metres (B, H, W)."""
+        x = self.linear(self.norm(x.flatten(0, 2))).unflatten(0, x.shape[:3])
+        if self.task == "depth":
+            bins = torch.stack([self.bins, torch.ones_like(self.bins)], 1)  # (256, 2)
+            total = x.relu() @ bins + 0.1 * bins.sum(0)  # weights are relu + 0.1
+            x = total[..., :1] / total[..., 1:]
+        x = rows @ x.movedim(-1, 1) @ columns.T
+        return x if self.task == "seg" else x[:, 0]
 
 
 def silog(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Scale-invariant log loss: sqrt(var(g) + 0.15 mean(g)^2), g = log predicted - log truth, valid
-    pixels only (truth > 0, in metres)."""
+    """Scale-invariant log loss: sqrt(var(g) + 0.15 mean(g)^2), g = log predicted - log truth, on
+    valid pixels (truth > 0, in metres); 0 where there is none."""
     valid = truth > 0
+    if not valid.any():
+        return predicted.sum() * 0
     g = predicted[valid].log() - truth[valid].log()
     return (g.var(unbiased=False) + 0.15 * g.mean() ** 2 + 1e-8).sqrt()
 
 
-class Heads(nn.Module):
-    """The two linear probes: BatchNorm, then a 1 x 1 convolution to classes, and to depth bins."""
-
-    def __init__(self, width: int, classes: int, max_depth: float, bins: int = 256):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(width)
-        self.seg = nn.Conv2d(width, classes, 1)
-        self.depth = nn.Conv2d(width, bins, 1)
-        self.register_buffer("bins", torch.linspace(1e-3, max_depth, bins))  # metres
-        for conv in (self.seg, self.depth):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-
-    def forward(self, x: Tensor, size) -> tuple[Tensor, Tensor]:
-        """(B, D, h, w) -> logits (B, classes, H, W), depth (B, H, W) in metres, (H, W) = size."""
-        x = self.norm(x)
-        weight = self.depth(x).relu() + 0.1
-        depth = torch.einsum("bkhw,k->bhw", weight / weight.sum(1, keepdim=True), self.bins)
-        up = dict(size=size, mode="bilinear", align_corners=False)
-        return F.interpolate(self.seg(x), **up), F.interpolate(depth[:, None], **up)[:, 0]
+def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    if task == "depth":
+        return silog(out, batch["depth"])
+    total = F.cross_entropy(out, batch["mask"].long(), ignore_index=255, reduction="sum")
+    return total / (batch["mask"] != 255).sum().clamp(min=1)
 
 
-def probe(model: ViT, train: dict, test: dict, classes: int, max_depth: float, seed: int = 0,
-          iterations: int = 600, batch: int = 32, lr: float = 1e-2) -> dict:
-    """Train both heads on frozen patches of `train`, judge on `test`: the protocol at the top.
-
-    train, test: image uint8 (n, 3, H, W), mask uint8 (n, H, W), depth (n, H, W) in metres, 0: none.
-    Returns miou in %, iou per class in %, rmse in metres.
-    """
-    x, size = patch_features(model, train["image"]), train["mask"].shape[-2:]
-    draw = torch.Generator().manual_seed(seed)
+def train_heads(model: ViT, data: Pictures, index: Tensor, cache: dict, p: Protocol,
+                workers: int) -> list[list[Head]]:
+    """Train on the pictures `index` of a split, from cached features (x, mask, depth) or, without a
+    cache, with the backbone in the loop. All at once: for every p.lr a list of one head a task."""
+    device, patch = next(model.parameters()).device, model.config.patch
+    draw, width = torch.Generator().manual_seed(p.seed), model.config.width * (1 + p.cat_cls)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = Heads(x.shape[1], classes, max_depth).to(x.device)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations, pct_start=0.1)
-    for _ in range(iterations):
-        i = torch.randint(len(x), (batch,), generator=draw).to(x.device)
-        logits, depth = heads(x[i], size)
-        loss = F.cross_entropy(logits, train["mask"][i].long(), ignore_index=255)
-        loss = loss + silog(depth, train["depth"][i])
+        torch.manual_seed(p.seed)
+        one = [Head(t, width, len(data.classes), data.max_depth) for t in p.tasks if t in DENSE]
+    heads = [nn.ModuleList(copy.deepcopy(one)).to(device) for _ in p.lr]
+    groups = [{"params": h.parameters(), "lr": lr} for h, lr in zip(heads, p.lr)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    rise, n = max(p.warmup * p.iterations, 1), p.iterations
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / rise, (n - t) / max(n - rise, 1), 1))
+
+    drawn = (index[torch.randint(len(index), (p.batch_size,), generator=draw)] for _ in range(n))
+    if cache:
+        stream = ({k: v[i.to(device)] for k, v in cache.items()} for i in drawn)
+    else:
+        crops = lambda i: [*zip(i.tolist(), torch.rand(len(i), 4, generator=draw).tolist())]
+        stream = data.batches((crops(i) if p.crop else i.tolist() for i in drawn), workers)
+    phase, s = torch.Generator().manual_seed(p.seed), max(patch // 2, 1)
+    for batch in bar(stream, "training heads", n):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        x = batch.pop("x") if cache else tokens(model, batch["image"], p)[0]
+        # The loss looks at every s-th row and column, from a random first one: in the mean the same
+        # as at all of them, for a part of the work.
+        top, left = torch.randint(s, (2,), generator=phase).tolist()
+        batch = {k: v for k, v in batch.items() if k in ("mask", "depth")}
+        h, w = next(iter(batch.values())).shape[1:]
+        batch = {k: v[:, top::s, left::s] for k, v in batch.items()}
+        rows = bilinear(x.shape[1], h, device)[top::s]
+        columns = bilinear(x.shape[2], w, device)[left::s]
+        loss = sum(head_loss(head.task, head(x, rows, columns), batch)
+                   for some in heads for head in some)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    heads.eval()
-    counts, rmse = torch.zeros(classes, classes, dtype=torch.long, device=x.device), []
-    with torch.no_grad():
-        for part in torch.arange(len(test["image"]), device=x.device).split(100):
-            logits, depth = heads(patch_features(model, test["image"][part]), size)
-            counts += confusion(logits.argmax(1), test["mask"][part], classes)
-            truth = test["depth"][part]
-            valid = (truth > 0).flatten(1)
-            error = ((depth - truth) ** 2).flatten(1) * valid
-            rmse.append((error.sum(1) / valid.sum(1)).sqrt()[valid.any(1)])
-    iou = class_iou(counts) * 100
-    rmse = torch.cat(rmse).mean().item()
-    return {"miou": iou.nanmean().item(), "rmse": rmse, "iou": iou.tolist()}
+    return [list(some.eval()) for some in heads]
 
 
-def scenes(model: ViT, size: int = 64, seed: int = 0, train: int = 1000, test: int = 500) -> dict:
-    """Both probes on the embedded world, at `size` pixels; seed: of the heads and their batches."""
+@torch.no_grad()
+def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> tuple[dict, Tensor]:
+    """uint8 (B, 3, H', W') -> logits and depth at `size` (H, W), in windows and mirrored as the
+    protocol says; and [CLS] beside the mean patch, (B, 2 D), of the last window."""
+    (h, w), win = img.shape[-2:], p.window or max(img.shape[-2:])
+    tops, lefts = ([*range(0, n - win, max(win * 2 // 3, 1)), max(n - win, 0)] for n in (h, w))
+    total, times = {}, torch.zeros(h, w, device=img.device)
+    for top, left in product(tops, lefts):
+        at = ..., slice(top, top + win), slice(left, left + win)
+        lines = [bilinear(n // model.config.patch, n, img.device) for n in img[at].shape[-2:]]
+        x, image = tokens(model, img[at], p)
+        mirrored = tokens(model, img[at].flip(-1), p)[0] if p.flip and heads else None
+        for head in heads:
+            out = head(x, *lines)
+            out = (out + head(mirrored, *lines).flip(-1)) / 2 if p.flip else out
+            total.setdefault(head.task, out.new_zeros(*out.shape[:-2], h, w))[at] += out
+        times[at] += 1
+    rows, columns = (bilinear(n, m, img.device) for n, m in zip((h, w), size))
+    return {task: rows @ (v / times) @ columns.T for task, v in total.items()}, image
+
+
+def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> Tensor:
+    """DINO's weighted k-NN: [CLS] (n, D), labels (n,), [CLS] (m, D) -> classes (m,). The k nearest
+    by cosine vote, with weight exp(cosine / 0.07)."""
+    x, out = F.normalize(x, dim=1), []
+    for part in F.normalize(test, dim=1).split(256):
+        cosine, near = (part @ x.T).topk(min(k, len(x)), dim=1)
+        votes = F.one_hot(labels[near], classes) * torch.exp(cosine / 0.07)[..., None]
+        out.append(votes.sum(1).argmax(1))
+    return torch.cat(out)
+
+
+RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def softmax_regression(x: Tensor, labels: Tensor, folds: list[Tensor], classes: int, parts: Tensor,
+                       rates: Tensor, seed: int, iterations: int = 2000, batch: int = 128):
+    """Linear layers on x (n, D), all at once: one for each of F folds (numbers of the pictures it
+    sees), of P parts (P, D) (factors of the input), and of R rates. Returns a function,
+    (m, D) -> classes (F, P, m, R)."""
+    draw, shape = torch.Generator().manual_seed(seed), (len(folds), len(parts))
+    weight = (0.01 * torch.randn(x.shape[1], classes, generator=draw)).to(x.device)
+    weight = weight.repeat(*shape, 1, len(rates)).requires_grad_()  # (F, P, D, R classes)
+    bias = x.new_zeros(*shape, 1, len(rates) * classes, requires_grad=True)
+    logits = lambda x: ((x * parts[:, None]) @ weight + bias).unflatten(-1, (-1, classes))
+    optimizer = torch.optim.SGD([weight, bias], lr=1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        i = [fold[torch.randint(len(fold), (batch,), generator=draw)] for fold in folds]
+        i = torch.stack(i)[:, None].to(x.device)  # (F, 1, batch)
+        out = logits(x[i]).movedim(-1, 1)  # (F, classes, P, batch, R)
+        truth = labels[i][..., None].expand(*shape, batch, len(rates))
+        loss = F.cross_entropy(out, truth, reduction="none").mean(2)
+        optimizer.zero_grad()
+        (loss * rates).sum().backward()  # a rate is a factor on its own layer's gradient
+        optimizer.step()
+        schedule.step()
+    return lambda x: logits(x).argmax(-1)
+
+
+def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int, seed: int) -> tuple[Tensor, str]:
+    """[CLS] beside the mean patch, (n, 2 D) and (m, 2 D) -> classes (m,), and the input and rate
+    that five-fold cross-validation in the training set chose."""
+    parts, rates = torch.ones(2, x.shape[1], device=x.device), x.new_tensor(RATES)
+    parts[0, x.shape[1] // 2 :] = 0  # [CLS] alone
+    every = torch.arange(len(x))
+    seen = [every[every % 5 != k] for k in range(5)]
+    guess, right = softmax_regression(x, labels, seen, classes, parts, rates, seed), 0
+    for k in range(5):
+        held = (every % 5 == k).to(x.device)
+        right = right + (guess(x[held])[k] == labels[held][:, None]).sum(1)
+    part, rate = divmod(right.argmax().item(), len(rates))
+    best = parts[part, None], rates[rate, None]
+    guess = softmax_regression(x, labels, [every], classes, *best, seed)(test)[0, 0, :, 0]
+    return guess, f"{('[CLS]', '[CLS] and mean patch')[part]}, lr {RATES[rate]:g}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics.
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Class maps (B, H, W) -> counts (B, classes, classes), row = truth; truth 255 is ignored."""
+    pair = torch.where(truth == 255, classes**2, truth.long() * classes + predicted)
+    pair = pair + torch.arange(len(pair), device=pair.device)[:, None, None] * (classes**2 + 1)
+    counts = torch.bincount(pair.flatten(), minlength=len(truth) * (classes**2 + 1))
+    return counts.view(len(truth), -1)[:, :-1].unflatten(1, (classes, classes))
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """(..., C, C) -> intersection over union per class (..., C), in [0, 1]; NaN: nobody has it."""
+    hit = counts.diagonal(dim1=-2, dim2=-1).double()
+    return hit / (counts.sum(-1) + counts.sum(-2) - hit)
+
+
+def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Depths p, t (B, H, W) in metres -> per picture (B,), over its valid pixels, t > 0: rmse
+    sqrt(mean((p - t)^2)), metres; absrel mean(|p - t| / t); delta1, % of max(p / t, t / p) < 1.25.
+    NaN where none is valid."""
+    valid = truth > 0
+    mean = lambda v: (v * valid).flatten(1).sum(1) / valid.flatten(1).sum(1)
+    ratio = predicted / torch.where(valid, truth, 1)
+    return {"rmse": mean((predicted - truth) ** 2).sqrt(), "absrel": mean((ratio - 1).abs()),
+            "delta1": 100 * mean((torch.maximum(ratio, 1 / ratio) < 1.25).float())}
+
+
+def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Tensor]:
+    """Numbers of n pictures -> metrics of the set, (R,) each.
+    weight (R, n): how often each picture counts, in R cases; None: one case, once each."""
+    weight = torch.ones(1, len(stats["image"])).double() if weight is None else weight
+    out = {}
+    if "counts" in stats:
+        counts = weight @ stats["counts"].flatten(1).cpu().double()
+        out["miou"] = 100 * class_iou(counts.unflatten(1, stats["counts"].shape[1:])).nanmean(1)
+    for name in METRICS.keys() & stats.keys():
+        value = stats[name].cpu().double()
+        known = weight * value.isfinite()
+        out[name] = known @ value.nan_to_num() / known.sum(1)
+    return {name: out[name] for name in METRICS if name in out}
+
+
+def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, float, float]]:
+    """Two models' numbers of the same pictures -> b - a of every metric, and its 95 % interval over
+    test pictures (paired bootstrap; it knows nothing of another training seed)."""
+    n, out = len(a["image"]), {}
+    draw = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(draws, n).scatter_add_(1, draw, torch.ones(draws, n)).double()
+    once, many = ([scores(s, w) for s in (a, b)] for w in (None, weight))
+    for k in once[0]:
+        interval = (many[1][k] - many[0][k]).quantile(torch.tensor([0.025, 0.975]).double())
+        out[k] = ((once[1][k] - once[0][k]).item(), *interval.tolist())
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# The evaluation.
+
+
+def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Protocol, workers: int,
+          keep: int = 0) -> tuple[dict[str, Tensor], list[dict]]:
+    """Test on the pictures `index` of a split: numbers of each picture, in rows, and pictures with
+    what was predicted, of the first `keep`."""
+    device, stats, shots = next(model.parameters()).device, {}, []
+    order = [i.tolist() for i in index.split(1 if p.crop else 50)]
+    for batch in bar(data.batches(order, workers), "testing", len(order)):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        size = next(batch[k].shape[-2:] for k in ("mask", "depth", "image") if k in batch)
+        out, row = predict(model, heads, batch["image"], size, p)
+        row = {"image": row} | {k: v for k, v in batch.items() if k == "label"}
+        if "seg" in out:
+            out["seg"] = out["seg"].argmax(1)
+            row["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
+        if "depth" in out:
+            row |= depth_errors(out["depth"], batch["depth"])
+        for k, v in row.items():
+            stats.setdefault(k, []).append(v)
+        shown = batch | {f"predicted {k}": v for k, v in out.items()}
+        for i in range(min(len(batch["image"]), keep - len(shots))):
+            shots.append({k: v[i].cpu() for k, v in shown.items()})
+    stats = {k: torch.cat(v) for k, v in stats.items()}
+    if "rmse" in stats and stats["rmse"].isnan().all():
+        raise ValueError(f"no picture has valid depth, above 0 and up to {data.max_depth:g} m; the "
+                         f"first is {data.rows[index[0]]['depth']}")
+    return stats, shots
+
+
+def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | None = None,
+             workers: int = 0, keep: int = 0, cache_gib: float = 4.0) -> tuple[dict, dict, list]:
+    """All tasks of a protocol, on a frozen model in eval mode, on its device.
+
+    Returns the result (metrics as in `scores`, IoU per class in %, protocol, seconds), the numbers
+    of every test picture, and pictures with predictions. Features of whole pictures are computed
+    once if they and their labels take no more than cache_gib. ValueError: whatever is wrong with
+    the data or the protocol.
+    """
+    start, p, patch = time.time(), p or PROTOCOLS[data], model.config.patch
     device = next(model.parameters()).device
-    sets = [Scenes(split, size)(torch.arange(n, device=device))
-            for split, n in (("probe", train), ("test", test))]
-    return probe(model, *sets, len(SCENE_CLASSES), Scenes.max_depth, seed)
+    sides = {"crop": p.crop, "window": p.window, "image-size": p.size if data == "scenes" else 0}
+    for name, value in sides.items():
+        if value % patch or value < 0:
+            raise ValueError(f"--{name} {value} is no multiple of the patch, {patch} px; "
+                             f"try {max(value // patch, 1) * patch}")
+    if p.layer is not None and not 1 <= p.layer <= model.config.depth:
+        raise ValueError(f"--layer {p.layer} is outside 1 to {model.config.depth}, the depth here")
+    train, test = open_set(data, root, p, patch, device)
+    has = train.memory or train.rows[0]
+    has = [t for t, k in zip(TASKS, ("mask", "depth", "label", "label")) if k in has]
+    if p.tasks != PROTOCOLS[data].tasks and set(p.tasks) - set(has):
+        raise ValueError(f"--tasks {','.join(p.tasks)}: here {data} has what it takes for "
+                         f"{','.join(has)} only")
+    p = replace(p, tasks=tuple(t for t in p.tasks if t in has))
+    dense, image = (set(p.tasks) & set(kind) for kind in (DENSE, ("cls", "knn")))
+
+    every, known, chosen, heads = torch.arange(len(train)), {}, {}, []
+    h, w = (train.memory["image"][0] if train.memory else train[0]["image"]).shape[-2:]
+    bytes_each = h * w * (4 * model.config.width * (1 + p.cat_cls) / patch**2 + 5)
+    cached = ("x", "mask", "depth") if len(train) * bytes_each <= cache_gib * 2**30 else ()
+    cached = cached if dense and not p.crop else ()
+    if cached or image:
+        order = [i.tolist() for i in every.split(50)]
+        for batch in bar(train.batches(order, workers), "frozen features", len(order)):
+            x, y = tokens(model, batch["image"].to(device), p)
+            for k, v in (batch | {"x": x, "y": y}).items():
+                if k in (*cached, "y", "label"):
+                    known.setdefault(k, []).append(v.to(device))
+        known = {k: torch.cat(v) for k, v in known.items()}
+    if dense:
+        held = every % 10 == 9 if len(p.lr) > 1 else every < 0
+        cache = {k: known.pop(k) for k in cached if k in known}
+        tried = train_heads(model, train, every[~held], cache, p, workers)
+        won = [scores(judge(model, h, train, every[held], p, workers)[0]) if held.any() else {}
+               for h in tried]
+        for head in tried[0]:  # of every task the rate that is best on the pictures held back
+            loss = [-s.get("miou", 0) if head.task == "seg" else s.get("rmse", 0) for s in won]
+            best = loss.index(min(loss))
+            heads += [h for h in tried[best] if h.task == head.task]
+            chosen[head.task] = f"lr {p.lr[best]:g}"
+    stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
+    if "cls" in p.tasks:
+        sets, n = (known["y"], known["label"], stats["image"]), len(train.labels)
+        guess, chosen["cls"] = linear(*sets, n, p.seed)
+        stats["linear"] = 100.0 * (guess == stats["label"])
+    if "knn" in p.tasks:
+        cls, test_cls = (y[:, : model.config.width] for y in (known["y"], stats["image"]))
+        guess = knn(cls, known["label"], test_cls, len(train.labels))
+        stats["knn"] = 100.0 * (guess == stats["label"])
+    result = {k: v.item() for k, v in scores(stats).items()}
+    if "counts" in stats:
+        result["iou"] = dict(zip(test.classes, (100 * class_iou(stats["counts"].sum(0))).tolist()))
+    protocol = asdict(replace(p, train=len(train), test=len(test))) | {"height": h, "width": w}
+    return result | {"chosen": chosen, "protocol": protocol, "torch": torch.__version__,
+                     "device": str(device), "seconds": round(time.time() - start, 1)}, stats, shots
 
 
-def sheet(path, size: int = 96, n: int = 8) -> None:
-    """Draw n Scenes as a PNG: pictures, classes, depth (bright is near, black is not valid)."""
-    out = Scenes("test", size)(torch.arange(n))
-    hue = torch.arange(len(SCENE_CLASSES)) / len(SCENE_CLASSES)
-    colours = hsv(hue, torch.tensor(0.55), 0.6 + 0.4 * (torch.arange(len(hue)) % 2)).T
-    near = torch.where(out["depth"] > 0, 1 - 0.9 * (out["depth"] / Scenes.max_depth).sqrt(), 0)
-    classes = colours[out["mask"].long()].movedim(-1, 1)
-    rows = out["image"] / 255, classes, near[:, None].repeat(1, 3, 1, 1)
-    save_image(torch.cat(rows), path, nrow=n)
+def record(folder: Path, key: str, result: dict) -> None:
+    """Write a result to the folder's eval.json; what is there under other names stays."""
+    file, beside = folder / "eval.json", folder / "eval.json.tmp"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[key] = results.get(key, {}) | result
+    beside.write_text(json.dumps(results, indent=1))
+    os.replace(beside, file)
+
+
+def line(result: dict) -> str:
+    return "  ".join(f"{k} {text.format(result[k])}" for k, text in METRICS.items() if k in result)
+
+
+def sheet(path, shots: list[dict], classes: int) -> None:
+    """A row a picture, as a PNG: picture; classes, true and predicted; depth, true and predicted.
+    Ignored classes and missing depth are black; near is bright, far is dark."""
+    k = torch.arange(256)
+    colours = hsv(k * 0.381966 % 1, 0.4 + 0.2 * (k % 3), 0.95 - 0.18 * (k % 4)).T
+    colours[classes:] = 0
+    ramp = torch.tensor([[1, 0.96, 0.68], [0.99, 0.62, 0.36], [0.80, 0.26, 0.43],
+                         [0.42, 0.16, 0.50], [0.15, 0.12, 0.38], [0.15, 0.12, 0.38]])
+
+    def paint(kind, x, near, far):
+        if kind == "image":
+            return x / 255
+        if "depth" not in kind:
+            return colours[x.long()].movedim(-1, 0)
+        at = 4 * ((x - near) / (far - near + 1e-6)).clamp(0, 1)
+        colour = torch.lerp(ramp[at.long()], ramp[at.long() + 1], at.frac()[..., None])
+        return (colour * (x > 0)[..., None]).movedim(-1, 0)
+
+    tiles, size = [], list(shots[0]["image"].shape[-2:])
+    kinds = "image", "mask", "predicted seg", "depth", "predicted depth"
+    kinds = [kind for kind in kinds if kind in shots[0]]
+    for shot in shots:
+        depth = shot.get("depth", torch.zeros(1))
+        depth = depth[depth > 0] if (depth > 0).any() else torch.ones(1)
+        for kind in kinds:
+            tile = paint(kind, shot[kind], depth.min(), depth.max())
+            tiles.append(TF.resize(tile, size, InterpolationMode.NEAREST_EXACT))
+    save_image(torch.stack(tiles), path, nrow=len(kinds))
+
+
+def parse(argv) -> argparse.Namespace:
+    raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    floats = lambda text: tuple(map(float, text.split(",")))
+    p.add_argument("runs", nargs="*", help="run folders, or checkpoints in them")
+    g = p.add_argument_group("what is judged")
+    g.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
+                   help="untrained: as both were at step 0 (default: teacher)")
+    g.add_argument("--data", default="scenes", choices=list(PROTOCOLS), help="(default: scenes)")
+    g.add_argument("--root", default="", help="folder of the data set (default: data/NAME)")
+    g.add_argument("--tasks", type=lambda text: tuple(text.split(",")),
+                   help="comma list of seg, depth, cls, knn (default: all that the data set has)")
+    g = p.add_argument_group("protocol (defaults: the data set's, as above)")
+    g.add_argument("--layer", type=int, help="number of blocks that features come from")
+    g.add_argument("--cat-cls", action="store_true", default=None, help="[CLS] beside every patch")
+    g.add_argument("--image-size", type=int, dest="size", metavar="PX", help="shorter side")
+    g.add_argument("--crop", type=int, metavar="PX", help="crops to train on; 0: whole")
+    g.add_argument("--window", type=int, metavar="PX", help="windows to test in; 0: whole")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored")
+    g.add_argument("--iterations", type=int, help="of the dense heads")
+    g.add_argument("--batch-size", type=int, help="of the dense heads, pictures")
+    g.add_argument("--lr", type=floats, help="of the dense heads; a comma list to choose from")
+    g.add_argument("--train", type=int, metavar="N", help="number of Scenes to train heads on")
+    g.add_argument("--test", type=int, metavar="N", help="number of Scenes to test on")
+    g.add_argument("--seed", type=int, help="of heads and their batches")
+    g = p.add_argument_group("machine and output")
+    g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    g.add_argument("--workers", type=int, default=8 if cuda else 2, help="processes to read files")
+    g.add_argument("--save-pictures", type=int, default=0, metavar="N",
+                   help="draw N test pictures, truth and prediction, into the run folder")
+    g.add_argument("--sheet", metavar="PNG", help="draw Scenes into this file, and stop")
+    return p.parse_args(argv)
+
+
+def run(args) -> None:
+    if args.sheet:
+        scenes = Scenes("test", 96)(torch.arange(8))
+        shots = [{k: v[i] for k, v in scenes.items()} for i in range(8)]
+        return sheet(args.sheet, shots, len(SCENE_CLASSES))
+    if not args.runs:
+        raise ValueError("give a run folder, as in: python eval_dense.py runs/NAME")
+    if args.tasks and (unknown := set(args.tasks) - set(TASKS)):
+        raise ValueError(f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
+    p, first = PROTOCOLS[args.data], None
+    changed = {f.name: getattr(args, f.name, None) for f in fields(p)}
+    changed = {k: v for k, v in changed.items() if v is not None and v != getattr(p, k)}
+    place = [Path(args.root).name] if args.data in ("pairs", "imagefolder") and args.root else []
+    options = [f"{k}={v}".replace(" ", "") for k, v in changed.items() if k != "tasks"]
+    key = " ".join([args.network, args.data, *place, *options])
+    for name in args.runs:
+        path = Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
+        model = clsspec.load(path, args.network).to(args.device)
+        result, stats, shots = evaluate(model, args.data, args.root, replace(p, **changed),
+                                        args.workers, args.save_pictures)
+        record(path.parent, key, result)
+        print(f"{name}: {key}, {result['seconds']:.0f} s\n  {line(result)}")
+        if shots:
+            file = path.parent / f"{key.replace(' ', '-')}.png"
+            sheet(file, shots, len(result.get("iou", ())))
+            print(f"  {file}")
+        if first:
+            print(f"  minus {args.runs[0]}, with 95 % intervals over test pictures:")
+            for k, (d, low, high) in difference(first, stats).items():
+                print(f"    {k:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]")
+        first = first or stats
 
 
 def main(argv=None) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("run", nargs="?", help="run folder, or a checkpoint in it")
-    p.add_argument("--network", choices=["teacher", "student"], default="teacher")
-    p.add_argument("--image-size", type=int, default=64, help="pixels (default: 64)")
-    p.add_argument("--seed", type=int, default=0, help="of the heads (default: 0)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--sheet", metavar="PNG", help="draw Scenes into this file, and stop")
-    args = p.parse_args(argv)
     try:
-        if args.sheet:
-            return sheet(args.sheet)
-        if not args.run:
-            raise ValueError("give a run folder, as in: python eval_dense.py runs/NAME")
-        path = Path(args.run) / "last.pt" if Path(args.run).is_dir() else Path(args.run)
-        model = clsspec.load(path, args.network).to(args.device)
-        result = scenes(model, args.image_size, args.seed)
-    except ValueError as err:
-        sys.exit(f"error: {err}")
-    for name, iou in zip(SCENE_CLASSES, result["iou"]):
-        print(f"  IoU {name:8} {iou:6.2f} %")
-    print(f"mIoU {result['miou']:.2f} %   depth RMSE {result['rmse']:.3f} m")
-    file = path.parent / "eval.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results[args.network] = result | {"image_size": args.image_size, "seed": args.seed}
-    file.write_text(json.dumps(results, indent=1))
+        run(parse(argv))
+    except (ValueError, OSError) as err:
+        sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
 
 
 if __name__ == "__main__":

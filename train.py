@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import clsspec
 import eval_dense
-from eval_dense import Scenes, normalise
+from eval_dense import Scenes, bar, normalise
 
 # --------------------------------------------------------------------------------------------------
 # Defaults: the recipe's at the paper's scale, then what the scale changes, then your own flags.
@@ -171,6 +171,7 @@ def parse(argv) -> argparse.Namespace:
           ("checkpointing", False, "recompute activations to save memory"),
           ("log-every", 10, "steps between log lines"),
           ("save-every", 200, "steps between checkpoints"),
+          ("probe-every", 500, "steps between short probes of the teacher on Scenes; 0: none"),
           ("probe", True, "judge the network on Scenes at the end"))
 
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
@@ -241,11 +242,6 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def calm() -> float:
-    """Seconds between two pictures of a progress bar: in a file they pile up."""
-    return 0.5 if sys.stderr.isatty() else 20
-
-
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     """Yield (uint8 (B, 3, S, S) on the device, names of unreadable files) from step `first` on."""
     n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
@@ -261,8 +257,7 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     else:
         world = Scenes("train", args.source_size)
         parts = torch.arange(n, device=args.device).split(256)
-        bar = tqdm(parts, "rendering Scenes", leave=False, disable=rank > 0, mininterval=calm())
-        scenes = torch.cat([world(i)["image"] for i in bar])
+        scenes = torch.cat([world(i)["image"] for i in bar(parts, "rendering Scenes", len(parts))])
         for i in order:
             yield scenes[i.to(args.device)], []
 
@@ -604,14 +599,12 @@ def save(path: Path, state: dict) -> None:
 
 # What may differ between a run and its continuation.
 FREE = {"resume", "overwrite", "dry_run", "out", "workers", "device", "compile", "checkpointing",
-        "log_every", "save_every", "probe"}
+        "log_every", "save_every", "probe_every", "probe"}
 
 
 def plain(args) -> dict:
     """The flags as values that JSON and torch.load(weights_only=True) know."""
-    convert = {Path: str, tuple: list}
-    return {k: convert[type(v)](v) if type(v) in convert else str(v) if isinstance(v, Path) else v
-            for k, v in vars(args).items()}
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def resume(args, student: Network, teacher: Network, optimizer) -> int:
@@ -764,8 +757,8 @@ def run(args, rank: int, ranks: int) -> None:
     batch, window, skipped, signals, tick = args.batch_size * ranks, [], 0, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):  # save, then leave
         signal.signal(number, lambda number, _: signals.append(number))
-    bar = tqdm(total=args.steps, initial=first, unit="step", disable=not main, dynamic_ncols=True,
-               mininterval=calm())
+    progress = tqdm(total=args.steps, initial=first, unit="step", disable=not main,
+                    dynamic_ncols=True, mininterval=eval_dense.QUIET)
     for step, (img, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
         if step == first:
             tick = time.time()  # not before there are pictures
@@ -791,22 +784,26 @@ def run(args, rank: int, ranks: int) -> None:
         window.append(torch.stack([v.detach() for v in values.values()]))  # no waiting for the GPU
         skipped, done = skipped + len(bad), step + 1
         for name in bad:
-            bar.write(f"skipped an unreadable file: {name}")
-        bar.update()
+            progress.write(f"skipped an unreadable file: {name}")
+        progress.update()
         stop = bool(signals)
         if ranks > 1:  # they agree at logged steps, to leave together
             flag = torch.tensor([float(stop)], device=args.device)
             stop = done % args.log_every == 0 and (dist.all_reduce(flag), flag.item() > 0)[1]
         saving = stop or done == args.steps or done % args.save_every == 0
-        if saving or done % args.log_every == 0:
+        probing = args.probe_every and done % args.probe_every == 0
+        if saving or probing or done % args.log_every == 0:
             rows = torch.stack(window).cpu()
             check_finite(rows, list(values), done - len(rows) + 1)
             line = {"step": done, "epoch": step // (n // batch)}
             line |= dict(zip(values, rows.mean(0).tolist())) | now
-            speed, tick = len(rows) * batch / (time.time() - tick), time.time()
+            speed = len(rows) * batch / (time.time() - tick)
             line |= {"img_per_s": speed, "peak_mb": peak_mb(cuda), "skipped": skipped}
-            window = []
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
+            if main and probing:
+                result = probe(teacher.backbone, ONLINE)
+                line |= {k: result[k] for k in eval_dense.METRICS if k in result}
+            window, tick = [], time.time()
+            progress.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
             if main:
                 with open(args.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -816,10 +813,10 @@ def run(args, rank: int, ranks: int) -> None:
                 "student": student.state_dict(), "teacher": teacher.state_dict(),
                 "optimizer": optimizer.state_dict()})
         if stop and done < args.steps:
-            bar.close()
+            progress.close()
             say(f"stopped by a signal: step {done} is saved, go on with --resume")
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    bar.close()
+    progress.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if main and args.probe:
@@ -827,16 +824,27 @@ def run(args, rank: int, ranks: int) -> None:
         print(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}")
 
 
+# The online probe: eval_dense's protocol for Scenes, shorter, with k-NN for pictures as a whole.
+ONLINE = replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth", "knn"), iterations=200,
+                 train=500, test=250)
+
+
+def probe(vit: clsspec.ViT, protocol: eval_dense.Protocol) -> dict:
+    """Judge a network's features on Scenes: those of a copy, which nobody has compiled."""
+    model = clsspec.ViT(vit.config).to(vit.cls_token.device).eval()
+    model.load_state_dict(vit.state_dict())
+    return eval_dense.evaluate(model, p=protocol)[0]
+
+
 def final_table(args, trained: clsspec.ViT) -> None:
     """Linear probes of the network as it was at step 0 and as it is now, on Scenes."""
     torch.manual_seed(args.seed)
     untrained = Network(args).backbone.to(args.device)
-    results = {name: eval_dense.scenes(model.eval(), args.source_size)
-               for name, model in (("untrained", untrained), ("trained", trained))}
     print("\nlinear probe on Scenes  mIoU %   depth RMSE m")
-    for name, r in results.items():
-        print(f"  {name:20} {r['miou']:7.2f} {r['rmse']:14.3f}")
-    (args.out / "eval.json").write_text(json.dumps(results, indent=1))
+    for name, vit in (("untrained", untrained), ("teacher", trained)):
+        result = probe(vit, replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth")))
+        eval_dense.record(args.out, f"{name} scenes", result)
+        print(f"  {name:20} {result['miou']:7.2f} {result['rmse']:14.3f}")
 
 
 def main(argv=None) -> None:

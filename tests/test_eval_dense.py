@@ -1,172 +1,26 @@
-"""Scenes against a naive ray-caster; metrics and losses against loops; probes on features that know or do not."""
+"""Metrics, losses and heads against loops; data sets in their public layouts; probes on features that know or do not."""
 
 import json
 import math
+import re
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
+import clsspec
 import eval_dense
 import train
-from eval_dense import SCENE_CLASSES, SPLITS, Scenes
+from eval_dense import PROTOCOLS, Head, Protocol
 
-F64 = torch.float64
-
-
-def trace(o, d, surfaces):
-    """(slot, t) of the first surface on one ray o + t d, by naive float64 arithmetic on one scene.
-
-    surfaces: (17, 8), as `Scenes.design` makes them for one scene. Slots: 0 sky, 1 ground, 2-7 objects.
-    """
-    best = (0, math.inf) if d[1] >= 0 else (1, -o[1] / d[1])
-    for slot in range(2, 8):
-        x, y, z, cos, sin, a, b, c = surfaces[1:9, slot].tolist()
-
-        def own(v):                        # world -> the object's frame, turned about the upright axis
-            return v[0] * cos - v[2] * sin, v[1], v[0] * sin + v[2] * cos
-
-        p, e, times = own((o[0] - x, o[1] - y, o[2] - z)), own(d), []
-        inside = lambda t, i, h: abs(p[i] + t * e[i]) <= h + 1e-9
-        if slot < 4:                       # an ellipsoid: A t^2 + 2 H t + C = 0
-            A = sum((e[i] / h) ** 2 for i, h in enumerate((a, b, c)))
-            H = sum(p[i] * e[i] / h ** 2 for i, h in enumerate((a, b, c)))
-            C = sum((p[i] / h) ** 2 for i, h in enumerate((a, b, c))) - 1
-            if H * H > A * C:
-                times.append((-H - math.sqrt(H * H - A * C)) / A)
-        elif slot < 6:                     # six faces, each a plane and two bounds
-            for i, h in enumerate((a, b, c)):
-                for side in (-h, h):
-                    t = (side - p[i]) / e[i]
-                    if all(inside(t, j, (a, b, c)[j]) for j in range(3) if j != i):
-                        times.append(t)
-        else:                              # a side between two heights, and two round caps
-            A = e[0] ** 2 + e[2] ** 2
-            H = p[0] * e[0] + p[2] * e[2]
-            root = H * H - A * (p[0] ** 2 + p[2] ** 2 - a * a)
-            if root > 0:
-                t = (-H - math.sqrt(root)) / A
-                times += [t] if inside(t, 1, b) else []
-            for side in (-b, b):
-                t = (side - p[1]) / e[1]
-                times += [t] if math.hypot(p[0] + t * e[0], p[2] + t * e[2]) <= a else []
-        for t in times:
-            if 0 < t < best[1]:
-                best = (slot, t)
-    return best
+CPU = torch.device("cpu")
 
 
-def rays(scene, size):
-    """Direction of each pixel of one scene, by rotation matrices in float64: {(row, column): (x, y, z)}."""
-    tan, pitch, roll = (scene[k].item() for k in ("tan", "pitch", "roll"))
-    R = torch.tensor([[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]], dtype=F64)
-    P = torch.tensor([[1, 0, 0], [0, math.cos(pitch), -math.sin(pitch)], [0, math.sin(pitch), math.cos(pitch)]], dtype=F64)
-    centre = lambda k: (2 * k + 1) / size - 1
-    return {(i, j): (P @ R @ torch.tensor([tan * centre(j), -tan * centre(i), 1.0], dtype=F64)).tolist()
-            for i in range(size) for j in range(size)}
-
-
-@pytest.mark.parametrize("shape", ["sphere", "box", "cylinder"])
-def test_mask_and_depth_equal_a_naive_loop(shape):
-    world, first = Scenes("test", size=24), 2 * Scenes.span
-    wanted = dict(sphere=(0, 1), box=(2, 3), cylinder=(4, 5))[shape]
-    number = next(i for i, l in enumerate(world(torch.arange(40))["label"].tolist()) if l in wanted)
-    scene, surfaces = world.design(torch.tensor([first + number]))
-    out, far = world(torch.tensor([number])), 0
-    eye = (0.0, scene["height"].item(), 0.0)
-    for (i, j), d in rays(scene, 24).items():
-        slot, t = trace(eye, d, surfaces[:, 0].double())
-        depth = t if slot and t <= world.max_depth else 0.0
-        same = int(surfaces[0, 0, slot]) == out["mask"][0, i, j].item()
-        if not (same and math.isclose(depth, out["depth"][0, i, j].item(), rel_tol=1e-4)):
-            far += 1                       # only a ray that grazes an edge may fall on its other side
-    assert far <= 1
-    assert (out["mask"] == 4 + out["label"]).any()
-
-
-def test_scene_is_a_function_of_its_number():
-    world = Scenes("train", size=32)
-    batch = world(torch.arange(100))
-    again, alone = world(torch.arange(100)), [world(torch.tensor([i])) for i in (0, 7, 63, 64, 99)]
-    mixed = world(torch.tensor([99, 3, 64]))
-    for k in batch:
-        assert torch.equal(batch[k], again[k])
-        assert torch.equal(batch[k][[99, 3, 64]], mixed[k])
-        assert torch.equal(batch[k][[0, 7, 63, 64, 99]], torch.cat([a[k] for a in alone]))
-
-
-def test_splits_seeds_and_numbers_make_different_scenes():
-    i = torch.arange(50)
-    pictures = [Scenes(s, 32, seed)(i)["image"] for s in SPLITS for seed in (0, 1)]
-    assert len(torch.cat(pictures).flatten(1).unique(dim=0)) == 6 * 50
-
-
-def test_types_ranges_and_label():
-    world = Scenes("probe", size=64)
-    out = world(torch.arange(200))
-    B, S = 200, 64
-    assert out["image"].shape == (B, 3, S, S) and out["image"].dtype == torch.uint8
-    assert out["mask"].shape == (B, S, S) and out["mask"].dtype == torch.uint8 and out["mask"].max() == 9
-    assert out["depth"].shape == (B, S, S) and out["depth"].dtype == torch.float32
-    assert out["label"].shape == (B,) and out["label"].dtype == torch.int64
-    depth, mask, label = out["depth"], out["mask"], out["label"]
-    assert depth.isfinite().all() and depth.min() == 0 and depth.max() <= world.max_depth
-    assert (depth[mask == 0] == 0).all() and (depth[mask > 3] > 0).all() and depth[depth > 0].min() > 0.5
-    # The main object is the one with the least far centre, and it is always in the picture.
-    _, surfaces = world.design(torch.arange(200) + Scenes.span)
-    classes, y, z = surfaces[0, :, 2:], surfaces[2, :, 2:], surfaces[3, :, 2:]
-    z = torch.where(y > -99, z, math.inf)
-    assert torch.equal(classes.gather(1, z.argmin(1, keepdim=True))[:, 0].long() - 4, label)
-    assert ((mask == (4 + label)[:, None, None]).flatten(1).sum(1) >= 40).all()
-    # Every class is common, no picture is black, flat, or of one class only.
-    assert (torch.bincount(mask.flatten().long(), minlength=10) / mask.numel() > 0.02).all()
-    assert (torch.bincount(label, minlength=6) > 200 / 6 / 2).all()
-    picture = out["image"].float().flatten(1)
-    assert picture.mean(1).min() > 30 and picture.std(1).min() > 8
-    most = torch.stack([(mask == c).flatten(1).float().mean(1) for c in range(10)]).amax(0)
-    assert most.max() < 0.85
-    assert world.classes == SCENE_CLASSES and len(world.classes) == 10 and len(world.labels) == 6
-
-
-def test_ground_depth_is_height_over_slope():
-    world, n = Scenes("train", size=16), torch.arange(20)
-    scene, _ = world.design(n)
-    out = world(n)
-    for b in range(20):
-        one = {k: v[..., b] for k, v in scene.items()}
-        for (i, j), d in rays(one, 16).items():
-            if 1 <= out["mask"][b, i, j] <= 3 and out["depth"][b, i, j] > 0:
-                assert math.isclose(out["depth"][b, i, j], -one["height"].item() / d[1], rel_tol=1e-4)
-
-
-def test_the_same_scene_at_another_size():
-    """At three times the size, the middle of each 3 x 3 block is the small picture's pixel."""
-    small, large = (Scenes("test", s)(torch.arange(8)) for s in (32, 96))
-    same = small["mask"] == large["mask"][:, 1::3, 1::3]
-    assert same.float().mean() > 0.999
-    assert torch.allclose(small["depth"][same], large["depth"][:, 1::3, 1::3][same], rtol=1e-3)
-    assert torch.equal(small["label"], large["label"])
-
-
-def test_objects_stand_apart_and_away_from_the_camera():
-    _, surfaces = Scenes().design(torch.arange(500))
-    x, y, z, a, c = (surfaces[i, :, 2:] for i in (1, 2, 3, 6, 8))
-    there, r = y > -99, torch.hypot(a, c) * torch.where(torch.arange(6) // 2 == 1, 1, 0.5 ** 0.5)
-    gap = torch.hypot(x[:, :, None] - x[:, None], z[:, :, None] - z[:, None]) - r[:, :, None] - r[:, None]
-    pair = there[:, :, None] & there[:, None] & ~torch.eye(6).bool()
-    assert gap[pair].min() > 0 and (torch.hypot(x, z) - r)[there].min() > 0.5
-    assert set(there.sum(1).tolist()) == {3, 4, 5, 6}
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="split must be one of train, probe, test; got 'val'"):
-        Scenes("val")
-    for bad in (-1, Scenes.span):
-        with pytest.raises(ValueError, match=f"got {bad}"):
-            Scenes()(torch.tensor([0, bad]))
-
-
-# --- metrics and probes ------------------------------------------------------------------------------
+# --- metrics and losses ------------------------------------------------------------------------------
 
 
 def test_iou_equals_a_loop_with_ignored_pixels_and_absent_classes():
@@ -175,12 +29,36 @@ def test_iou_equals_a_loop_with_ignored_pixels_and_absent_classes():
     predicted[0, 0] = 1
     truth[torch.rand(truth.shape) < 0.2] = 255
     counts = eval_dense.confusion(predicted, truth.to(torch.uint8), 5)
-    for c, ours in enumerate(eval_dense.class_iou(counts).tolist()):
+    assert counts.shape == (3, 5, 5)
+    for b in range(3):
+        for t in range(5):
+            for p in range(5):
+                assert counts[b, t, p] == ((predicted[b] == p) & (truth[b] == t)).sum()
+    expected = []
+    for c in range(5):
         pairs = [(p, t) for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist()) if t != 255]
-        both = sum(p == c and t == c for p, t in pairs)
-        either = sum(p == c or t == c for p, t in pairs)
-        assert math.isnan(ours) if either == 0 else ours == pytest.approx(both / either)
-    assert math.isnan(eval_dense.class_iou(counts)[4]) and eval_dense.class_iou(counts)[3] == 0
+        both, either = sum(p == c and t == c for p, t in pairs), sum(p == c or t == c for p, t in pairs)
+        expected.append(100 * both / either if either else math.nan)
+    ours = (100 * eval_dense.class_iou(counts.sum(0))).tolist()
+    assert ours == pytest.approx(expected, nan_ok=True) and math.isnan(ours[4]) and ours[3] == 0
+    miou = eval_dense.scores({"image": torch.zeros(3, 1), "counts": counts})["miou"].item()
+    assert miou == pytest.approx(sum(expected[:4]) / 4)
+
+
+def test_depth_errors_are_their_formulas_per_picture():
+    torch.manual_seed(0)
+    p, t = torch.rand(3, 4, 5) + 0.5, torch.rand(3, 4, 5) + 0.5
+    t[0, 0], t[2] = 0, 0
+    ours = eval_dense.depth_errors(p, t)
+    for b in range(2):
+        pairs = [(a, c) for a, c in zip(p[b].flatten().tolist(), t[b].flatten().tolist()) if c > 0]
+        n = len(pairs)
+        assert ours["rmse"][b].item() == pytest.approx(math.sqrt(sum((a - c) ** 2 for a, c in pairs) / n))
+        assert ours["absrel"][b].item() == pytest.approx(sum(abs(a - c) / c for a, c in pairs) / n)
+        assert ours["delta1"][b].item() == pytest.approx(100 * sum(max(a / c, c / a) < 1.25 for a, c in pairs) / n)
+    assert all(v[2].isnan() for v in ours.values())
+    scores = eval_dense.scores({"image": torch.zeros(3, 1), **ours})
+    assert scores["rmse"].item() == pytest.approx(ours["rmse"][:2].mean().item())
 
 
 def test_silog_is_its_formula_on_valid_pixels():
@@ -188,10 +66,52 @@ def test_silog_is_its_formula_on_valid_pixels():
     truth[0, 0] = 0
     g = [math.log(p) - math.log(t) for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist()) if t > 0]
     mean = sum(g) / len(g)
-    var = sum((v - mean) ** 2 for v in g) / len(g)
-    expected = math.sqrt(var + 0.15 * mean**2)
+    expected = math.sqrt(sum((v - mean) ** 2 for v in g) / len(g) + 0.15 * mean**2)
     assert eval_dense.silog(predicted, truth).item() == pytest.approx(expected, rel=1e-4)
     assert eval_dense.silog(2 * truth.clamp(min=0.1), truth).item() == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-3)
+    nothing = eval_dense.silog(predicted.requires_grad_(), torch.zeros_like(truth))
+    nothing.backward()
+    assert nothing.item() == 0 and predicted.grad.abs().max() == 0
+
+
+def test_cross_entropy_ignores_255_and_survives_a_batch_of_it():
+    logits, mask = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    mask[0] = 255
+    terms = [-F.log_softmax(logits[1, :, i, j], 0)[mask[1, i, j]].item() for i in range(4) for j in range(4)]
+    batch = {"mask": mask.to(torch.uint8)}
+    assert eval_dense.head_loss("seg", logits, batch).item() == pytest.approx(sum(terms) / 16, rel=1e-5)
+    assert eval_dense.head_loss("seg", logits, {"mask": torch.full_like(batch["mask"], 255)}).item() == 0
+
+
+def test_knn_equals_brute_force():
+    torch.manual_seed(0)
+    x, labels, test = torch.randn(40, 5), torch.randint(0, 3, (40,)), torch.randn(7, 5)
+    for i, guess in enumerate(eval_dense.knn(x, labels, test, 3, k=6).tolist()):
+        cosine = [F.cosine_similarity(test[i], row, dim=0).item() for row in x]
+        votes = [0.0] * 3
+        for j in sorted(range(40), key=lambda j: -cosine[j])[:6]:
+            votes[labels[j]] += math.exp(cosine[j] / 0.07)
+        assert guess == votes.index(max(votes))
+
+
+def test_linear_reads_what_is_there_and_chooses_the_input_that_has_it():
+    torch.manual_seed(0)
+    labels, test = torch.randint(0, 3, (300,)), torch.randint(0, 3, (100,))
+    features = lambda y: torch.cat([torch.randn(len(y), 4), F.one_hot(y, 4) + 0.1 * torch.randn(len(y), 4)], 1)
+    guess, chosen = eval_dense.linear(features(labels), labels, features(test), 3, seed=0)
+    assert (guess == test).float().mean() > 0.99 and chosen.startswith("[CLS] and mean patch")
+    guess, _ = eval_dense.linear(torch.randn(300, 8), labels, torch.randn(100, 8), 3, seed=0)
+    assert (guess == test).float().mean() < 0.55
+
+
+def test_difference_is_paired_over_pictures():
+    torch.manual_seed(0)
+    hard = 5 * torch.rand(200)  # pictures differ far more than models do
+    a = {"image": torch.zeros(200, 1), "rmse": hard}
+    b = {"image": torch.zeros(200, 1), "rmse": hard - 0.1 + 0.02 * torch.randn(200)}
+    d, low, high = eval_dense.difference(a, b)["rmse"]
+    assert d == pytest.approx(-0.1, abs=0.01) and low < d < high and high - low < 0.02
+    assert eval_dense.difference(a, a)["rmse"] == (0, 0, 0)
 
 
 def test_normalise_is_imagenets():
@@ -199,66 +119,402 @@ def test_normalise_is_imagenets():
     assert white.tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
 
 
-class Oracle(torch.nn.Module):
-    """A backbone whose patches say the picture's class and its depth, or only noise."""
+# --- heads -------------------------------------------------------------------------------------------
 
-    def __init__(self, knows: bool):
+
+def test_head_is_linear_then_interpolated_and_depth_an_expectation():
+    torch.manual_seed(0)
+    x, size = torch.randn(2, 3, 4, 6), (24, 20)
+    rows, columns = (eval_dense.bilinear(n, m, CPU) for n, m in zip((3, 4), size))
+    up = lambda v: F.interpolate(v, size=size, mode="bilinear", align_corners=False)
+    seg, depth = (Head(t, 6, 5, 10.0, bins=8).eval() for t in ("seg", "depth"))
+    flat = lambda head: head.linear(head.norm(x.reshape(-1, 6))).view(2, 3, 4, -1)
+    torch.testing.assert_close(seg(x, rows, columns), up(flat(seg).permute(0, 3, 1, 2)))
+    weight = flat(depth).relu() + 0.1
+    expected = sum(weight[..., k] / weight.sum(-1) * (1e-3 + k * (10 - 1e-3) / 7) for k in range(8))
+    torch.testing.assert_close(depth(x, rows, columns), up(expected[:, None])[:, 0])
+    # Some rows and columns are those of the whole.
+    torch.testing.assert_close(seg(x, rows[1::4], columns[3::4]), seg(x, rows, columns)[..., 1::4, 3::4])
+
+
+class Oracle(torch.nn.Module):
+    """A backbone of patch 8 whose patches say the class of what they see (red = 50 x class), or only noise."""
+
+    def __init__(self, knows=True):
         super().__init__()
-        self.config, self.knows = types.SimpleNamespace(patch=8), knows
+        self.config, self.knows = types.SimpleNamespace(patch=8, width=5, depth=1), knows
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.draw = torch.Generator().manual_seed(0)
 
-    def forward(self, img):
-        value = (img[:, 0].mean((1, 2)) * 0.229 + 0.485) * 255 / 50
-        one = torch.nn.functional.one_hot(value.round().long(), 4).float()[:, None].expand(-1, 4, -1)
-        return {"patches": one if self.knows else torch.randn(len(img), 4, 4, generator=self.draw)}
+    def forward(self, img, layer=None):
+        red = F.avg_pool2d((img[:, :1] * 0.229 + 0.485) * 255 / 50, 8).flatten(1)
+        one = F.one_hot(red.round().long().clamp(0, 4), 5).float()
+        patches = one if self.knows else torch.randn(one.shape, generator=self.draw)
+        return {"patches": patches, "cls": patches.mean(1)}
 
 
-def constant_pictures(n, draw):
-    c = torch.randint(0, 4, (n,), generator=draw)
-    full = lambda v: v[:, None, None].expand(-1, 16, 16)
-    depth = full(c + 1.0).clone()
-    depth[:, 0] = 0
-    mask = full(c).to(torch.uint8).clone()
-    mask[:, :2] = 255
-    return {"image": full(50 * c).to(torch.uint8)[:, None].expand(-1, 3, -1, -1), "mask": mask, "depth": depth}
+def tree(at, train=24, val=8, size=(32, 48), kinds=("masks", "depth"), classes=4):
+    """The `pairs` layout: blocks of 16 pixels of a class, red = 50 x class, depth = class + 1 metres."""
+    draw = torch.Generator().manual_seed(0)
+    for split, n in (("train", train), ("val", val)):
+        for kind in ("images", *kinds):
+            (at / kind / split).mkdir(parents=True)
+        for i in range(n):
+            c = torch.randint(0, classes, [s // 16 for s in size], generator=draw)
+            c = c.repeat_interleave(16, 0).repeat_interleave(16, 1)
+            img = torch.stack([50 * c, 0 * c, 0 * c], -1).to(torch.uint8)
+            Image.fromarray(img.numpy()).save(at / f"images/{split}/{i}.png")
+            mask, depth = c.to(torch.uint8).clone(), ((c + 1) * 1000).to(torch.uint16).clone()
+            mask[:2], depth[:2] = 255, torch.zeros(1, dtype=torch.uint16)
+            if "masks" in kinds:
+                Image.fromarray(mask.numpy()).save(at / f"masks/{split}/{i}.png")
+            if "depth" in kinds:
+                Image.fromarray(depth.numpy()).save(at / f"depth/{split}/{i}.png")
+    return at
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_probe_reads_what_is_there_and_nothing_else(knows):
-    draw = torch.Generator().manual_seed(1)
-    train_set, test_set = constant_pictures(200, draw), constant_pictures(100, draw)
-    result = eval_dense.probe(Oracle(knows), train_set, test_set, 4, 10.0, iterations=300)
-    if knows:
-        assert result["miou"] > 99.9 and result["rmse"] < 0.3
-    else:
-        assert result["miou"] < 30 and result["rmse"] > 0.8
+SHORT = replace(PROTOCOLS["pairs"], iterations=250, batch_size=8)
 
 
-def test_probe_is_repeatable_and_leaves_the_random_state_alone():
-    draw = torch.Generator().manual_seed(1)
-    sets = constant_pictures(20, draw), constant_pictures(10, draw)
+@pytest.mark.parametrize("how, cache", [({}, 4.0), ({}, 0.0), ({"crop": 32, "window": 32}, 4.0), ({"flip": True}, 4.0),
+                                        ({"cat_cls": True, "lr": (1e-2, 1e-6)}, 4.0)])
+def test_probes_on_features_that_know(tmp_path, how, cache):
+    p = replace(SHORT, **how)
+    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t")), p, cache_gib=cache)
+    # Where four blocks meet, interpolated logits round the corner; in scaled crops patches see several blocks.
+    assert result["miou"] > (90 if p.crop else 97) and result["rmse"] < 0.7 and result["delta1"] > 75
+    assert list(result["iou"]) == list("0123") and stats["counts"].sum((1, 2)).tolist() == [30 * 48] * 8
+    if "lr" in how:
+        assert result["chosen"] == {"seg": "lr 0.01", "depth": "lr 0.01"}
+
+
+def test_probes_on_noise_stay_at_chance(tmp_path):
+    result = eval_dense.evaluate(Oracle(False), "pairs", str(tree(tmp_path / "t")), SHORT)[0]
+    assert result["miou"] < 25 and result["rmse"] > 0.9
+    scenes = Protocol(("cls", "knn"), train=200, test=100)
+    result = eval_dense.evaluate(Oracle(False), p=scenes)[0]
+    assert result["linear"] < 35 and result["knn"] < 35  # six kinds
+
+
+def test_same_seed_same_numbers_and_the_random_state_is_left_alone(tmp_path):
+    at, p = str(tree(tmp_path / "t")), replace(SHORT, iterations=5)
     torch.manual_seed(5)
-    first = eval_dense.probe(Oracle(True), *sets, 4, 10.0, iterations=5)
+    first = eval_dense.evaluate(Oracle(), "pairs", at, p)[0]
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
-    assert first == eval_dense.probe(Oracle(True), *sets, 4, 10.0, iterations=5)
+    again, other = (eval_dense.evaluate(Oracle(), "pairs", at, replace(p, seed=s), workers=2)[0] for s in (0, 1))
+    assert first["iou"] == again["iou"] and first["rmse"] == again["rmse"] != other["rmse"]
 
 
-def test_commands(tmp_path, capsys, monkeypatch):
-    flags = "--scale nano --device cpu --pictures 8 --batch-size 4 --steps 1 --no-probe".split()
-    train.main([*flags, "--spec", "norms", "--out", str(tmp_path / "a")])
-    real = eval_dense.scenes
-    monkeypatch.setattr(eval_dense, "scenes", lambda *a: real(*a, train=40, test=20))
-    eval_dense.main([str(tmp_path / "a"), "--device", "cpu"])
-    assert "mIoU" in capsys.readouterr().out
-    result = json.loads((tmp_path / "a/eval.json").read_text())["teacher"]
-    assert 0 < result["miou"] < 100 and result["rmse"] > 0 and len(result["iou"]) == 10
+def test_windows_of_a_constant_field_are_the_constant_and_cover_everything():
+    head = Head("seg", 5, 3, 1.0).eval()
+    constant = Oracle()
+    for h, w, window in ((40, 72, 16), (16, 16, 32), (24, 64, 24)):
+        img = torch.full((2, 3, h, w), 100, dtype=torch.uint8)
+        for flip in (False, True):
+            p = replace(SHORT, window=window, flip=flip)
+            out = eval_dense.predict(constant, [head], img, (h + 3, w), p)[0]["seg"]
+            lines = [eval_dense.bilinear(1, n, CPU) for n in (h + 3, w)]
+            expected = head(F.one_hot(torch.full((2, 1, 1), 2), 5).float(), *lines)
+            torch.testing.assert_close(out, expected)
+
+
+def test_windows_are_averaged_where_they_overlap_and_mirrored_ones_turned_back():
+    class Columns(Oracle):  # a patch says which column of its window it is in
+        def forward(self, img, layer=None):
+            n = img.shape[3] // 8
+            one = F.one_hot(torch.arange(n).repeat(img.shape[2] // 8), 5).float().expand(len(img), -1, -1)
+            return {"patches": one, "cls": one.mean(1)}
+
+    head = Head("depth", 5, 0, 10.0).eval()
+    img, p = torch.zeros(1, 3, 8, 32, dtype=torch.uint8), replace(SHORT, window=24)
+    whole = lambda m, x, q: eval_dense.predict(m, [head], x, x.shape[2:], q)[0]["depth"][0, 0]
+    one = whole(Columns(), img[..., :24], SHORT)
+    expected = torch.cat([one[:8], (one[8:] + one[:16]) / 2, one[16:]])  # at 0 and at 8
+    torch.testing.assert_close(whole(Columns(), img, p), expected)
+    both = whole(Columns(), img[..., :24], replace(SHORT, flip=True))
+    torch.testing.assert_close(both, (one + one.flip(0)) / 2)
+
+
+def test_layers_and_cls_beside_every_patch():
+    torch.manual_seed(0)
+    model = clsspec.ViT(clsspec.config("nano", image_size=32)).eval()
+    img, p = torch.randint(0, 255, (2, 3, 32, 24), dtype=torch.uint8), PROTOCOLS["scenes"]
+    x, image = eval_dense.tokens(model, img, p)
+    out = model(eval_dense.normalise(img / 255))
+    torch.testing.assert_close(x.flatten(1, 2), out["patches"])
+    torch.testing.assert_close(image, torch.cat([out["cls"], out["patches"].mean(1)], 1))
+    both, _ = eval_dense.tokens(model, img, replace(p, cat_cls=True))
+    assert both.shape == (2, 4, 3, 128) and torch.equal(both[..., :64], x) and torch.equal(both[:, 1, 2, 64:], out["cls"])
+    shallow, _ = eval_dense.tokens(model, img, replace(p, layer=3))
+    model.blocks = model.blocks[:3]
+    torch.testing.assert_close(shallow, eval_dense.tokens(model, img, p)[0])
+
+
+# --- data sets ---------------------------------------------------------------------------------------
+
+
+def save(file: Path, values, mode="L", size=(16, 16)):
+    """A picture of one value, or of the given rows. 16-bit for mode I;16."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    t = torch.as_tensor(values)
+    t = t.expand(size) if t.ndim == 0 else t
+    img = Image.fromarray(t.to(torch.uint16 if mode == "I;16" else torch.uint8).numpy().copy())
+    img.convert(mode).save(file) if mode in ("P", "RGB") else img.save(file)
+
+
+def opened(data, at, **how):
+    p = replace(PROTOCOLS[data], **{"size": 0, "crop": 0, "window": 0} | how)
+    return eval_dense.open_set(data, str(at), p, 8, CPU)
+
+
+def test_voc(tmp_path):
+    at = tmp_path / "VOCdevkit/VOC2012"
+    for name, split, value in (("a", "train", 20), ("b", "val", 255)):
+        save(at / f"JPEGImages/{name}.jpg", 7, "RGB")
+        save(at / f"SegmentationClass/{name}.png", value)
+        (at / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (at / f"ImageSets/Segmentation/{split}.txt").write_text(name + "\n")
+    first, second = opened("voc", tmp_path)
+    assert len(first) == len(second) == 1 and len(first.classes) == 21 and first.classes[20] == "tvmonitor"
+    assert first[0]["mask"].unique().tolist() == [20] and second[0]["mask"].unique().tolist() == [255]
+
+
+def test_ade20k_drops_class_0(tmp_path):
+    at = tmp_path / "ADEChallengeData2016"
+    rows = torch.tensor([0, 1, 150, 2]).repeat_interleave(4)[:, None].expand(16, 16)
+    for split in ("training", "validation"):
+        save(at / f"images/{split}/x.jpg", 7, "RGB")
+        save(at / f"annotations/{split}/x.png", rows)
+    item = opened("ade20k", tmp_path)[1][0]
+    assert item["mask"][::4, 0].tolist() == [255, 0, 149, 1]
+    assert PROTOCOLS["ade20k"].window == 512 and len(opened("ade20k", tmp_path)[0].classes) == 150
+
+
+def test_cityscapes_train_ids(tmp_path):
+    rows = torch.tensor([0, 7, 26, 33]).repeat_interleave(4)[:, None].expand(16, 16)
+    for split in ("train", "val"):
+        save(tmp_path / f"leftImg8bit/{split}/town/town_0_leftImg8bit.png", 7, "RGB")
+        save(tmp_path / f"gtFine/{split}/town/town_0_gtFine_labelIds.png", rows)
+    data = opened("cityscapes", tmp_path)[0]
+    assert data[0]["mask"][::4, 0].tolist() == [255, 0, 13, 18]  # unlabelled, road, car, bicycle
+    assert data.classes[0] == "road" and data.classes[13] == "car" and len(data.classes) == 19
+
+
+def nyu_tree(at):
+    for name in ("train", "test"):
+        save(at / name / "rgb.jpg", 7, "RGB", (480, 640))
+        depth = torch.full((480, 640), 2500)
+        depth[:, 320:], depth[100] = 12_000, 0
+        save(at / name / "depth.png", depth, "I;16")
+        (at / f"nyu_{name}.txt").write_text(f"/{name}/rgb.jpg /{name}/depth.png 518.8\n/{name}/rgb.jpg None 518.8\n")
+
+
+def test_nyu_is_in_metres_to_ten_in_eigens_crop(tmp_path):
+    nyu_tree(tmp_path)
+    first, test = opened("nyu", tmp_path)
+    assert len(first) == len(test) == 1 and first.max_depth == 10
+    depth = first[0]["depth"]
+    assert depth[0, 0] == 2.5 and depth[0, 320] == 0 and depth[100, 0] == 0
+    valid = test[0]["depth"] > 0
+    rows, columns = valid.any(1).nonzero()[:, 0].tolist(), valid.any(0).nonzero()[:, 0].tolist()
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (45, 470, 41, 319) and 100 not in rows
+    assert opened("nyu", tmp_path, size=240)[0][0]["image"].shape == (3, 240, 320)
+
+
+def test_kitti_is_cropped_and_scaled_by_256(tmp_path):
+    for name in ("train", "test"):
+        save(tmp_path / f"input/d/{name}.png", torch.arange(375)[:, None].expand(375, 1242) % 200, "RGB")
+        save(tmp_path / f"gt_depth/e/{name}.png", 256 * 10, "I;16", (375, 1242))
+        (tmp_path / f"kitti_eigen_{name}.txt").write_text(f"d/{name}.png e/{name}.png 721.5\nd/{name}.png None 721.5\n")
+    first, test = opened("kitti", tmp_path)
+    item = first[0]
+    assert item["depth"].shape == (352, 1216) and item["image"].shape == (3, 352, 1216) and item["depth"].unique() == 10
+    assert item["image"][0, 0, 0] == 23  # rows from the bottom
+    valid = test[0]["depth"] > 0
+    rows, columns = valid.any(1).nonzero()[:, 0], valid.any(0).nonzero()[:, 0]
+    assert (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) == (143, 349, 43, 1172) and first.max_depth == 80
+
+
+def test_sunrgbd_turns_bits_back_and_learns_on_nyu(tmp_path):
+    nyu_tree(tmp_path / "nyu")
+    save(tmp_path / "SUNRGBD/SUNRGBD/kv1/image/a.jpg", 7, "RGB")
+    save(tmp_path / "SUNRGBD/SUNRGBD/kv1/depth/a.png", 3000 << 3 | 3000 >> 13, "I;16")
+    (tmp_path / "SUNRGBD/SUNRGBD_val_splits.txt").write_text("SUNRGBD/kv1/image/a.jpg SUNRGBD/kv1/depth/a.png\n")
+    first, test = opened("sunrgbd", tmp_path)
+    assert first[0]["depth"].shape == (480, 640) and test[0]["depth"].unique().item() == pytest.approx(3.0)
+
+
+def test_imagefolder_and_its_two_tasks(tmp_path):
+    for split, n in (("train", 20), ("val", 6)):
+        for c in range(2):
+            for i in range(n):
+                save(tmp_path / f"{split}/c{c}/{i}.jpg", 100 * c + 50, "RGB", (40, 30 + i))
+    first, _ = opened("imagefolder", tmp_path, size=16)
+    assert first[0]["image"].shape == (3, 16, 16) and first.labels == ("c0", "c1") and len(first) == 40
+    p = replace(PROTOCOLS["imagefolder"], size=16)
+    result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
+    assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
+    (tmp_path / "val/c1").rename(tmp_path / "val/c2")
+    with pytest.raises(ValueError, match="have other classes"):
+        opened("imagefolder", tmp_path, size=16)
+
+
+def test_pairs_and_random_crops(tmp_path):
+    first, test = opened("pairs", tree(tmp_path / "t"))
+    item = first[3]
+    assert item["mask"][:2].unique().tolist() == [255] and item["depth"][:2].max() == 0
+    assert torch.equal(item["image"][0][2:], 50 * item["mask"][2:]) and len(first) == 24 and len(test) == 8
+    torch.testing.assert_close(item["depth"][2:], item["mask"][2:] + 1.0)
+    assert first.max_depth == test.max_depth == 4
+    (tmp_path / "t/classes.txt").write_text("# id name\n0\tred\n1\tblue\n2\tgreen\n3\tgrey\n4\tblack\n")
+    assert opened("pairs", tmp_path / "t")[0].classes == ("red", "blue", "green", "grey", "black")
+    only = opened("pairs", tree(tmp_path / "u", kinds=("masks",)), crop=40)[0]
+    seen = [only[0, torch.rand(4, generator=torch.Generator().manual_seed(s)).tolist()] for s in range(20)]
+    for crop in seen:
+        assert crop["image"].shape == (3, 40, 40) and crop["mask"].shape == (40, 40)
+        inside = crop["mask"] != 255  # the two go together, but for the blur at edges
+        assert ((crop["image"][0].float() / 50 - crop["mask"]).abs()[inside] < 0.5).float().mean() > 0.85
+    assert any((c["mask"][-1] == 255).all() for c in seen) and len({c["image"].float().mean().item() for c in seen}) > 15
+
+
+@pytest.mark.parametrize("data", sorted(eval_dense.OPEN))
+def test_a_missing_set_says_what_is_wanted_and_where_it_is_had(tmp_path, data):
+    with pytest.raises(ValueError, match=f"--data {data} wants in --root {tmp_path}: ") as caught:
+        opened(data, tmp_path)
+    assert "\n" not in str(caught.value) and eval_dense.OPEN[data].__doc__.split()[0] in str(caught.value)
+    with pytest.raises(ValueError, match="wants in --root nowhere"):
+        opened(data, "nowhere")
+
+
+def broken(at, what):
+    file = {"mask": at / "masks/val/1.png", "depth": at / "depth/val/1.png"}.get(what, at / "images/val/1.png")
+    if what == "no mask":
+        (at / "masks/train/3.png").unlink()
+    elif what == "beyond":
+        save(at / "masks/val/1.png", 9, size=(32, 48))
+    elif what == "rgb":
+        save(at / "masks/val/1.png", 9, "RGB", (32, 48))
+    elif what == "8 bit depth":
+        save(at / "depth/train/0.png", 9, size=(32, 48))
+    elif what == "truncated":
+        file.write_bytes(file.read_bytes()[:50])
+    elif what == "no depth":
+        for i in range(8):
+            save(at / f"depth/val/{i}.png", 0, "I;16", (32, 48))
+    elif what == "mask size":
+        save(at / "masks/val/1.png", 1, size=(16, 48))
+    elif what == "sizes":
+        for kind, mode in (("images", "RGB"), ("masks", "L"), ("depth", "I;16")):
+            save(at / f"{kind}/train/5.png", 1, mode, (48, 48))
+    elif what == "empty":
+        for f in (at / "images/val").iterdir():
+            f.unlink()
+
+
+@pytest.mark.parametrize("what, words", [
+    ("no mask", "1 of 72 files are missing, as .*masks/train/3.png"),
+    ("beyond", "masks/val/1.png has class 9, but the set has only 4"), ("rgb", "masks/val/1.png must be an 8-bit index PNG, but its mode is RGB"),
+    ("8 bit depth", "depth/train/0.png must be a 16-bit grey PNG"), ("truncated", "cannot read .*images/val/1.png"),
+    ("no depth", "no picture has valid depth.*depth/val/0.png"), ("mask size", "masks/val/1.png has .16, 48. pixels"),
+    ("sizes", r"images/train/5.png|several sizes"), ("empty", "no picture in split val")])
+def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, words):
+    workers = int(what == "truncated")  # one with: it makes no difference, and takes five seconds to leave
+    at = tree(tmp_path / "t")
+    broken(at, what)
+    monkeypatch.setattr(clsspec, "load", lambda *a: Oracle())
+    with pytest.raises(SystemExit) as caught:
+        eval_dense.main(["x", "--data", "pairs", "--root", str(at), "--iterations", "2", "--workers", str(workers)])
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert re.search(words, message), message
+
+
+def test_pictures_of_several_sizes_are_fine_with_crops(tmp_path):
+    at = tree(tmp_path / "t")
+    for kind, mode in (("images", "RGB"), ("masks", "L"), ("depth", "I;16")):
+        for split in ("train", "val"):
+            save(at / f"{kind}/{split}/5.png", 1, mode, (56, 40))
+    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, crop=32, window=32, iterations=20))
+    assert stats["counts"][5].sum() == 56 * 40 and result["protocol"]["test"] == 8
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    at = tmp_path_factory.mktemp("runs")
+    flags = "--scale nano --device cpu --pictures 8 --batch-size 4 --steps 2 --no-probe --probe-every 0".split()
+    for name, seed in (("a", "0"), ("b", "1")):
+        train.main([*flags, "--spec", "norms", "--seed", seed, "--out", str(at / name)])
+    return at
+
+
+FEW = "--train 60 --test 20 --iterations 10 --device cpu".split()
+
+
+def test_commands_write_what_they_print(runs, capsys):
+    a, b = str(runs / "a"), str(runs / "b")
+    eval_dense.main([a, b, *FEW, "--save-pictures", "3"])
+    out = capsys.readouterr().out
+    for name in (a, b):
+        results = json.loads((Path(name) / "eval.json").read_text())
+        key, = results
+        assert key == "teacher scenes iterations=10 train=60 test=20" and f"{name}: {key}" in out
+        r = results[key]
+        assert set(eval_dense.METRICS) < set(r) and list(r["iou"]) == list(eval_dense.SCENE_CLASSES)
+        assert f"miou {r['miou']:.2f} %  rmse {r['rmse']:.3f} m" in out and r["torch"] and r["seconds"] > 0
+        assert r["protocol"]["train"] == 60 and r["protocol"]["height"] == 64 and r["chosen"]["cls"]
+        with Image.open(Path(name) / f"{key.replace(' ', '-')}.png") as img:
+            assert img.width > 5 * 64 and img.height > 3 * 64 and len(img.getcolors(1 << 20)) > 100
+    assert f"minus {a}" in out and out.count("[") >= 6
+    eval_dense.main([a, *FEW, "--layer", "3", "--cat-cls", "--tasks", "seg", "--network", "student"])
+    results = json.loads((runs / "a/eval.json").read_text())
+    assert len(results) == 2 and "rmse" not in results["student scenes layer=3 cat_cls=True iterations=10 train=60 test=20"]
+
+
+def test_untrained_is_the_network_at_step_0(runs):
+    args = train.parse("--scale nano --device cpu --spec norms --seed 1".split())
+    torch.manual_seed(1)
+    start = train.Network(args).backbone.state_dict()
+    ours = clsspec.load(runs / "b/last.pt", "untrained").state_dict()
+    assert start.keys() == ours.keys() and all(torch.equal(v, ours[k]) for k, v in start.items())
+
+
+def test_online_probe_is_in_the_log_and_the_table_in_eval_json(tmp_path, monkeypatch, capsys):
+    few = dict(train=40, test=20, iterations=5)
+    monkeypatch.setattr(train, "ONLINE", replace(train.ONLINE, **few))
+    monkeypatch.setitem(PROTOCOLS, "scenes", replace(PROTOCOLS["scenes"], **few))
+    train.main([*"--scale nano --device cpu --pictures 8 --batch-size 4 --steps 4 --probe-every 2 --log-every 3".split(),
+                "--out", str(tmp_path / "a")])
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4] and [("miou" in line) for line in lines] == [True, False, True]
+    assert {"miou", "rmse", "absrel", "delta1", "knn"} < lines[0].keys() and 0 < lines[0]["miou"] < 100
+    results = json.loads((tmp_path / "a/eval.json").read_text())
+    assert list(results) == ["untrained scenes", "teacher scenes"]
+    assert f"{results['teacher scenes']['miou']:.2f}" in capsys.readouterr().out
+
+
+def test_sheet_of_scenes(tmp_path):
     eval_dense.main(["--sheet", str(tmp_path / "sheet.png")])
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("flags, words", [([], "give a run folder"), (["nowhere"], "no checkpoint at nowhere")])
-def test_bad_input_is_one_line(flags, words):
-    with pytest.raises(SystemExit, match=words):
-        eval_dense.main(flags)
+@pytest.mark.parametrize("flags, words", [
+    ([], "give a run folder"), (["nowhere"], "no checkpoint at nowhere"), (["RUN", "--tasks", "seg,box"], "unknown box; choose from seg"),
+    (["RUN", "--layer", "13"], "outside 1 to 12"), (["RUN", "--window", "20"], "--window 20 is no multiple of the patch, 8 px; try 16"),
+    (["RUN", "--image-size", "60"], "--image-size 60 is no multiple"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
+def test_bad_flags_are_one_line(runs, flags, words):
+    with pytest.raises(SystemExit, match=words) as caught:
+        eval_dense.main([str(runs / "a") if f == "RUN" else f for f in flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_tasks_that_a_set_cannot_do(tmp_path):
+    at = tree(tmp_path / "t", kinds=("depth",))
+    with pytest.raises(ValueError, match="--tasks seg: here pairs has what it takes for depth only"):
+        eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, tasks=("seg",)))
+    result = eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=5))[0]
+    assert "rmse" in result and "miou" not in result

@@ -350,8 +350,8 @@ def flops(c: Config, h: int, w: int) -> int:
 
 
 def load(path, network: str = "teacher") -> ViT:
-    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both were
-    at step 0; on the CPU, eval mode."""
+    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both
+    were at step 0; on the CPU, eval mode."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
@@ -360,13 +360,13 @@ def load(path, network: str = "teacher") -> ViT:
             return ViT(cfg).eval()
         parts = ((name.partition("backbone."), value) for name, value in state[network].items())
         weights = {name: value for (_, found, name), value in parts if found}
+        model = ViT(cfg)
+        model.load_state_dict(weights)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}; train one with: python train.py") from None
     except Exception as err:
         why = str(err).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
-    model = ViT(cfg)
-    model.load_state_dict(weights)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Judge frozen features: linear probes on pictures whose every pixel is known.
+"""Judge frozen features: linear probes of classes, depth and whole pictures; and Scenes, a world.
 
     python eval_dense.py runs/NAME                       # all tasks on Scenes; writes eval.json
     python eval_dense.py runs/a runs/b                   # a table, and b - a over the same pictures
@@ -9,9 +9,10 @@
 Protocol: DINOv2's linear segmentation and classification, DINOv3's linear depth, DINO's k-NN.
 Features  patches of the last block (--layer: of another) after the final norm, no [CLS] (--cat-cls:
           beside every patch); the backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
-Pictures  resized, with antialias, to --image-size on the shorter side (0: as they are) and to the
+Pictures  resized, with antialias, to --image-size on the shorter side (0: as they are), then to the
           nearest multiple of the patch on both; labels are not. With --crop, heads are trained on
-          crops: scale 0.5 to 2 (1 where there is depth), flip, padded with 255 or no depth.
+          crops of pictures and labels: scale 0.5 to 2 (1 where there is depth), flip, padded with
+          black, 255, no depth. The sides of crops and windows are multiples of the patch, too.
 Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0. seg: to classes. depth: to 256 uniform
           bins from 0.001 m to the set's largest depth; relu + 0.1, normalised, weighs them to a
           depth. Both are upsampled bilinearly (corners not aligned) to the label's size.
@@ -41,11 +42,15 @@ Metrics   miou: mean over classes of intersection / union summed over the set, c
   kitti        352           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
   imagefolder  256, of which the middle 224; cls and knn only
 
-Largest depth: 20 m in scenes, 10 in nyu, 8 in sunrgbd, 80 in kitti; in pairs that of its training pictures.
+Largest depth: scenes 20 m, nyu 10, kitti 80, pairs that of its training pictures; what is farther
+is not valid. nyu is judged in Eigen's crop, kitti in Garg's of the lower 352 x 1216; sunrgbd with
+heads trained on nyu, in Eigen's crop, truth and prediction cut off at 8 m. Scenes: 2000 of split
+"probe", 1000 of "test".
 
-nyu is judged in Eigen's crop, kitti in Garg's; sunrgbd's heads are trained on nyu. Scenes: 2000 of
-split "probe", 1000 of "test". Ours, not the papers': the sampled rows and columns, no colour and no
-rotation augmentation, schedules of the short protocols.
+Ours, not the papers': the sampled rows and columns; whole pictures without augmentation for depth
+(DINOv2 and v3 crop, flip, turn and colour them); linear decay everywhere; no limit on a class's
+share of a crop; the rate for nyu is chosen on frames of the same videos; [CLS] and mean patch of
+one block, without augmentation, for cls.
 """
 
 import argparse
@@ -78,7 +83,7 @@ from clsspec import ViT
 TASKS, DENSE = ("seg", "depth", "cls", "knn"), ("seg", "depth")
 METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
            "linear": "{:.2f} %", "knn": "{:.2f} %"}
-SPLITS = ("train", "probe", "test")
+SPLITS = ("train", "probe", "test", "val")
 SCENE_CLASSES = ("sky", "grass", "sand", "paving",
                  "ball", "bush", "crate", "house", "drum", "trunk")
 # Materials. Each comes in three paints, a third of the circle of hues apart and between those of
@@ -331,7 +336,7 @@ class Scenes:
 
 
 def decode(file, *modes: str) -> Tensor:
-    """A picture (channels, H, W), as it is stored, or as RGB. ValueError: unreadable, other mode."""
+    """A picture (channels, H, W), as stored, or as RGB. ValueError: unreadable, or another mode."""
     try:
         with Image.open(file) as img:
             mode = img.mode
@@ -386,7 +391,8 @@ class Pictures(torch.utils.data.Dataset):
     max_depth: float = 10.0  # metres; what is farther is not valid
     unit: float = 1e-3  # metres, of one count in a depth file
     rotated: bool = False  # SUN RGB-D: the 16 bits are turned by three
-    region: tuple = (0, 1, 0, 1)  # where depth is valid: top, bottom, left, right, as shares
+    cut: bool = False  # SUN RGB-D: what is farther than max_depth is there, at max_depth
+    region: tuple | None = None  # where depth is judged: rows, columns (slices)
     frame: tuple | None = None  # KITTI: rows and columns that are kept, at the bottom in the middle
     size: int = 0  # with crop and patch: see Protocol
     crop: int = 0
@@ -414,7 +420,8 @@ class Pictures(torch.utils.data.Dataset):
         if "depth" in row:
             count = decode(row["depth"], "I;16", "I")[0].int()
             depth = (count >> 3 | count << 13 & 0xFFFF if self.rotated else count) * self.unit
-            item["depth"] = torch.where(depth <= self.max_depth, depth, 0)
+            near = depth <= self.max_depth
+            item["depth"] = torch.where(near, depth, self.max_depth if self.cut else 0)
         h, w = item["image"].shape[-2:]
         for kind, x in item.items():
             if x.shape[-2:] != (h, w):
@@ -426,11 +433,10 @@ class Pictures(torch.utils.data.Dataset):
             h, w = item["image"].shape[-2:]
         if u:
             return random_crop(item, u, self.size, self.crop) | {"name": row["image"]}
-        if "depth" in item:
-            lines = [torch.arange(n) for n in (h, w)]
-            ends = [int(a * n + 1e-6) for a, n in zip(self.region, (h, h, w, w))]
-            inside = [(ends[j] <= x) & (x < ends[j + 1]) for x, j in zip(lines, (0, 2))]
-            item["depth"] = item["depth"] * inside[0][:, None] * inside[1]
+        if self.region:
+            judged = torch.zeros_like(item["depth"])
+            judged[self.region] = item["depth"][self.region]
+            item["depth"] = judged
         scale = self.size / min(h, w) if self.size else 1
         fitted = [max(round(n * scale / self.patch), 1) * self.patch for n in (h, w)]
         item["image"] = TF.resize(item["image"], fitted, antialias=True)
@@ -453,8 +459,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def pairs(at: Path, split: str) -> Pictures:
     """images/{train,val}/NAME.jpg (or png), and one or both of masks/{train,val}/NAME.png (8-bit
-    index, 255: ignored) and depth/{train,val}/NAME.png (16-bit millimetres, 0: none); classes.txt
-    (a class a line) if you like"""
+    index, 255: ignored) and depth/{train,val}/NAME.png (16-bit millimetres, 0: none); if you like,
+    classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
     folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
     folders = {k: folder for k, folder in folders.items() if folder.is_dir()}
     if not folders:
@@ -464,11 +470,11 @@ def pairs(at: Path, split: str) -> Pictures:
             for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")]
     classes, file, far = (), at / "classes.txt", 0.0
     if "depth" in folders:
-        far = max((decode(f, "I;16", "I").int().max().item() for f in (at / "depth/train").glob("*.png")),
-                  default=0) / 1000
+        depths = (decode(f, "I;16", "I").int() for f in (at / "depth/train").glob("*.png"))
+        far = max((depth.max().item() for depth in depths), default=0) / 1000
     if "mask" in folders and file.exists():
-        lines = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
-        classes = tuple(line[len(line) > 1] for line in lines if line[0][0] != "#")
+        lines = [line.strip().split("\t") for line in file.read_text().splitlines()]
+        classes = [line[len(line) > 1] for line in lines if line[0] and line[0][0] != "#"]
     elif "mask" in folders:
         every = Pictures(classes=range(255))
         most = (every.mask(f) for f in sorted((at / "masks/train").glob("*.png")))
@@ -512,36 +518,42 @@ def cityscapes(at: Path, split: str) -> Pictures:
 def listed(file: Path, images: Path, depths: Path) -> list[dict]:
     """Lines "PICTURE DEPTH ..." -> rows; pictures without depth ("None") are left out."""
     lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    if short := [line for line in lines if len(line) < 2]:
+        raise OSError(f"{file} has a line {short[0][0]!r} without a second name")
     return [{"image": str(images / a.strip("/")), "depth": str(depths / b.strip("/"))}
             for a, b, *_ in lines if b != "None"]
 
 
+EIGEN, GARG = (slice(45, 471), slice(41, 601)), (slice(143, 349), slice(43, 1172))
+
+
 def nyu(at: Path, split: str) -> Pictures:
-    """nyu_train.txt and nyu_test.txt, lines "PICTURE DEPTH FOCAL", and what they name: sync.zip and
-    the lists of github.com/cleinc/bts"""
-    test, eigen = split == "val", (45 / 480, 471 / 480, 41 / 640, 601 / 640)
-    rows = listed(at / f"nyu_{'test' if test else 'train'}.txt", at, at)
-    return Pictures(rows, region=eigen if test else (0, 1, 0, 1))
+    """nyu_train.txt and nyu_test.txt, lines "PICTURE DEPTH FOCAL", from the splits of
+    github.com/zhyever/Monocular-Depth-Estimation-Toolbox; and what they name, from
+    github.com/cleinc/bts"""
+    if split == "train":
+        return Pictures(listed(at / "nyu_train.txt", at, at))
+    return Pictures(listed(at / "nyu_test.txt", at, at), region=EIGEN)
 
 
 def kitti(at: Path, split: str) -> Pictures:
-    """kitti_eigen_train.txt and kitti_eigen_test.txt, lines "PICTURE DEPTH FOCAL", of
-    github.com/cleinc/bts; pictures in input/, depth in gt_depth/, both from
-    www.cvlibs.net/datasets/kitti/eval_depth.php"""
-    test, garg = split == "val", (0.40810811, 0.99189189, 0.03594771, 0.96405229)
-    name = f"kitti_eigen_{'test' if test else 'train'}.txt"
+    """kitti_eigen_train.txt and kitti_eigen_test.txt, lines "PICTURE DEPTH FOCAL", from the splits
+    of github.com/zhyever/Monocular-Depth-Estimation-Toolbox; pictures in input/, from
+    www.cvlibs.net/datasets/kitti/raw_data.php; depth in gt_depth/, from eval_depth.php there"""
+    name = f"kitti_eigen_{'train' if split == 'train' else 'test'}.txt"
     return Pictures(listed(at / name, at / "input", at / "gt_depth"), unit=1 / 256, max_depth=80.0,
-                    region=garg if test else (0, 1, 0, 1), frame=(352, 1216))
+                    frame=(352, 1216), region=None if split == "train" else GARG)
 
 
 def sunrgbd(at: Path, split: str) -> Pictures:
-    """nyu/ as --data nyu wants it, and SUNRGBD/ from rgbd.cs.princeton.edu with
-    SUNRGBD_val_splits.txt, lines "PICTURE DEPTH", of
-    github.com/zhyever/Monocular-Depth-Estimation-Toolbox"""
+    """nyu/ as --data nyu wants it; SUNRGBD/ with SUNRGBD_val_splits.txt, lines "PICTURE DEPTH",
+    from the splits of github.com/zhyever/Monocular-Depth-Estimation-Toolbox, and in it SUNRGBD/kv1
+    and the others, from rgbd.cs.princeton.edu"""
     if split == "train":
         return nyu(at / "nyu", split)
     at = at / "SUNRGBD"
-    return Pictures(listed(at / "SUNRGBD_val_splits.txt", at, at), rotated=True, max_depth=8.0)
+    return Pictures(listed(at / "SUNRGBD_val_splits.txt", at, at), rotated=True, max_depth=8.0,
+                    cut=True, region=EIGEN)
 
 
 def imagefolder(at: Path, split: str) -> Pictures:
@@ -575,6 +587,7 @@ class Protocol:
     warmup: float = 0.1  # share of the iterations
     train: int = 2000  # number of Scenes
     test: int = 1000
+    split: str = "test"  # of Scenes
     seed: int = 0  # of the heads and their batches
 
 
@@ -593,8 +606,8 @@ OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunr
 def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
     """The training and the test split. ValueError: what is missing, expected, and had where."""
     if data == "scenes":
-        size = p.size or 8 * patch
-        return [rendered("probe", size, p.train, device), rendered("test", size, p.test, device)]
+        size = max(round(p.size / patch), 1) * patch if p.size else 8 * patch
+        return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     at, sets = Path(root or f"data/{data}"), []
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
     for split in ("train", "val"):
@@ -698,7 +711,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, cache: dict, p: Proto
     cache, with the backbone in the loop. All at once: for every p.lr a list of one head a task."""
     device, patch = next(model.parameters()).device, model.config.patch
     draw, width = torch.Generator().manual_seed(p.seed), model.config.width * (1 + p.cat_cls)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(p.seed)
         one = [Head(t, width, len(data.classes), data.max_depth) for t in p.tasks if t in DENSE]
     heads = [nn.ModuleList(copy.deepcopy(one)).to(device) for _ in p.lr]
@@ -736,24 +749,25 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, cache: dict, p: Proto
 
 
 @torch.no_grad()
-def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> tuple[dict, Tensor]:
+def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> dict[str, Tensor]:
     """uint8 (B, 3, H', W') -> logits and depth at `size` (H, W), in windows and mirrored as the
-    protocol says; and [CLS] beside the mean patch, (B, 2 D), of the last window."""
+    protocol says."""
     (h, w), win = img.shape[-2:], p.window or max(img.shape[-2:])
     tops, lefts = ([*range(0, n - win, max(win * 2 // 3, 1)), max(n - win, 0)] for n in (h, w))
     total, times = {}, torch.zeros(h, w, device=img.device)
     for top, left in product(tops, lefts):
         at = ..., slice(top, top + win), slice(left, left + win)
         lines = [bilinear(n // model.config.patch, n, img.device) for n in img[at].shape[-2:]]
-        x, image = tokens(model, img[at], p)
-        mirrored = tokens(model, img[at].flip(-1), p)[0] if p.flip and heads else None
+        x = tokens(model, img[at], p)[0]
+        mirrored = tokens(model, img[at].flip(-1), p)[0] if p.flip else None
         for head in heads:
             out = head(x, *lines)
             out = (out + head(mirrored, *lines).flip(-1)) / 2 if p.flip else out
             total.setdefault(head.task, out.new_zeros(*out.shape[:-2], h, w))[at] += out
         times[at] += 1
     rows, columns = (bilinear(n, m, img.device) for n, m in zip((h, w), size))
-    return {task: rows @ (v / times) @ columns.T for task, v in total.items()}, image
+    up = lambda v: v if (h, w) == tuple(size) else rows @ v @ columns.T
+    return {task: up(v / times) for task, v in total.items()}
 
 
 def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> Tensor:
@@ -770,45 +784,50 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
+def classify(x: Tensor, weight: Tensor, parts: Tensor) -> Tensor:
+    """x (m, D), weight (P, D, R, classes), factors of the input (P, D) -> classes (P, m, R)."""
+    return torch.cat([torch.einsum("pmd,pdrc->pmrc", part * parts[:, None], weight).argmax(-1)
+                      for part in x.split(1000)], 1)
+
+
 def softmax_regression(x: Tensor, labels: Tensor, folds: list[Tensor], classes: int, parts: Tensor,
                        rates: Tensor, seed: int, iterations: int = 2000, batch: int = 128):
     """Linear layers on x (n, D), all at once: one for each of F folds (numbers of the pictures it
-    sees), of P parts (P, D) (factors of the input), and of R rates. Returns a function,
-    (m, D) -> classes (F, P, m, R)."""
+    sees), P parts (P, D) (factors of the input), R rates. -> weights (F, P, D, R, classes)."""
     draw, shape = torch.Generator().manual_seed(seed), (len(folds), len(parts))
     weight = (0.01 * torch.randn(x.shape[1], classes, generator=draw)).to(x.device)
     weight = weight.repeat(*shape, 1, len(rates)).requires_grad_()  # (F, P, D, R classes)
-    bias = x.new_zeros(*shape, 1, len(rates) * classes, requires_grad=True)
-    logits = lambda x: ((x * parts[:, None]) @ weight + bias).unflatten(-1, (-1, classes))
-    optimizer = torch.optim.SGD([weight, bias], lr=1, momentum=0.9)
+    optimizer = torch.optim.SGD([weight], lr=1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         i = [fold[torch.randint(len(fold), (batch,), generator=draw)] for fold in folds]
         i = torch.stack(i)[:, None].to(x.device)  # (F, 1, batch)
-        out = logits(x[i]).movedim(-1, 1)  # (F, classes, P, batch, R)
-        truth = labels[i][..., None].expand(*shape, batch, len(rates))
-        loss = F.cross_entropy(out, truth, reduction="none").mean(2)
+        out = ((x[i] * parts[:, None]) @ weight).unflatten(-1, (-1, classes))
+        truth = labels[i][..., None].expand(out.shape[:-1])  # (F, P, batch, R)
+        loss = F.cross_entropy(out.movedim(-1, 1), truth, reduction="none").mean(2)
         optimizer.zero_grad()
         (loss * rates).sum().backward()  # a rate is a factor on its own layer's gradient
         optimizer.step()
         schedule.step()
-    return lambda x: logits(x).argmax(-1)
+    return weight.detach().unflatten(-1, (-1, classes))
 
 
 def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int, seed: int) -> tuple[Tensor, str]:
     """[CLS] beside the mean patch, (n, 2 D) and (m, 2 D) -> classes (m,), and the input and rate
     that five-fold cross-validation in the training set chose."""
+    x, test = (F.pad(v, (0, 1), value=1) for v in (x, test))  # the bias
     parts, rates = torch.ones(2, x.shape[1], device=x.device), x.new_tensor(RATES)
-    parts[0, x.shape[1] // 2 :] = 0  # [CLS] alone
-    every = torch.arange(len(x))
+    parts[0, x.shape[1] // 2 : -1] = 0  # [CLS] alone
+    every, right = torch.arange(len(x)), 0
     seen = [every[every % 5 != k] for k in range(5)]
-    guess, right = softmax_regression(x, labels, seen, classes, parts, rates, seed), 0
+    weight = softmax_regression(x, labels, seen, classes, parts, rates, seed)
     for k in range(5):
         held = (every % 5 == k).to(x.device)
-        right = right + (guess(x[held])[k] == labels[held][:, None]).sum(1)
+        right = right + (classify(x[held], weight[k], parts) == labels[held][:, None]).sum(1)
     part, rate = divmod(right.argmax().item(), len(rates))
-    best = parts[part, None], rates[rate, None]
-    guess = softmax_regression(x, labels, [every], classes, *best, seed)(test)[0, 0, :, 0]
+    parts, rates = parts[part, None], rates[rate, None]
+    weight = softmax_regression(x, labels, [every], classes, parts, rates, seed)
+    guess = classify(test, weight[0], parts)[0, :, 0]
     return guess, f"{('[CLS]', '[CLS] and mean patch')[part]}, lr {RATES[rate]:g}"
 
 
@@ -844,22 +863,22 @@ def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
 def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Tensor]:
     """Numbers of n pictures -> metrics of the set, (R,) each.
     weight (R, n): how often each picture counts, in R cases; None: one case, once each."""
-    weight = torch.ones(1, len(stats["image"])).double() if weight is None else weight
+    weight = torch.ones(1, len(stats["picture"])).double() if weight is None else weight
     out = {}
     if "counts" in stats:
         counts = weight @ stats["counts"].flatten(1).cpu().double()
         out["miou"] = 100 * class_iou(counts.unflatten(1, stats["counts"].shape[1:])).nanmean(1)
     for name in METRICS.keys() & stats.keys():
         value = stats[name].cpu().double()
-        known = weight * value.isfinite()
-        out[name] = known @ value.nan_to_num() / known.sum(1)
+        known = ~value.isnan()
+        out[name] = weight @ torch.where(known, value, 0) / (weight * known).sum(1)
     return {name: out[name] for name in METRICS if name in out}
 
 
 def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, float, float]]:
     """Two models' numbers of the same pictures -> b - a of every metric, and its 95 % interval over
     test pictures (paired bootstrap; it knows nothing of another training seed)."""
-    n, out = len(a["image"]), {}
+    n, out = len(a["picture"]), {}
     draw = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
     weight = torch.zeros(draws, n).scatter_add_(1, draw, torch.ones(draws, n)).double()
     once, many = ([scores(s, w) for s in (a, b)] for w in (None, weight))
@@ -878,20 +897,28 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
     """Test on the pictures `index` of a split: numbers of each picture, in rows, and pictures with
     what was predicted, of the first `keep`."""
     device, stats, shots = next(model.parameters()).device, {}, []
-    order = [i.tolist() for i in index.split(1 if p.crop else 50)]
+    single = heads and not data.memory  # of any size
+    order = [i.tolist() for i in index.split(1 if single else 50)]
     for batch in bar(data.batches(order, workers), "testing", len(order)):
         batch = {k: v.to(device) for k, v in batch.items()}
-        size = next(batch[k].shape[-2:] for k in ("mask", "depth", "image") if k in batch)
-        out, row = predict(model, heads, batch["image"], size, p)
-        row = {"image": row} | {k: v for k, v in batch.items() if k == "label"}
+        out, row = {}, {"picture": torch.ones(len(batch["image"]))}
+        if heads:
+            size = next(batch[k].shape[-2:] for k in ("mask", "depth") if k in batch)
+            out = predict(model, heads, batch["image"], size, p)
+        if {"cls", "knn"} & set(p.tasks):
+            row |= {"image": tokens(model, batch["image"], p)[1], "label": batch["label"]}
         if "seg" in out:
             out["seg"] = out["seg"].argmax(1)
             row["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
         if "depth" in out:
+            out["depth"] = out["depth"].clamp(max=data.max_depth)
             row |= depth_errors(out["depth"], batch["depth"])
         for k, v in row.items():
             stats.setdefault(k, []).append(v)
-        shown = batch | {f"predicted {k}": v for k, v in out.items()}
+        shown = {"image": batch["image"]}
+        for task, kind in zip(DENSE, ("mask", "depth")):
+            if task in out:
+                shown |= {f"true {task}": batch[kind], f"predicted {task}": out[task]}
         for i in range(min(len(batch["image"]), keep - len(shots))):
             shots.append({k: v[i].cpu() for k, v in shown.items()})
     stats = {k: torch.cat(v) for k, v in stats.items()}
@@ -912,16 +939,13 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     """
     start, p, patch = time.time(), p or PROTOCOLS[data], model.config.patch
     device = next(model.parameters()).device
-    sides = {"crop": p.crop, "window": p.window, "image-size": p.size if data == "scenes" else 0}
-    for name, value in sides.items():
-        if value % patch or value < 0:
-            raise ValueError(f"--{name} {value} is no multiple of the patch, {patch} px; "
-                             f"try {max(value // patch, 1) * patch}")
     if p.layer is not None and not 1 <= p.layer <= model.config.depth:
         raise ValueError(f"--layer {p.layer} is outside 1 to {model.config.depth}, the depth here")
+    whole = lambda side: side and max(round(side / patch), 1) * patch
+    p = replace(p, crop=whole(p.crop), window=whole(p.window))
     train, test = open_set(data, root, p, patch, device)
-    has = train.memory or train.rows[0]
-    has = [t for t, k in zip(TASKS, ("mask", "depth", "label", "label")) if k in has]
+    kinds = set.intersection(*(set(s.memory or s.rows[0]) for s in (train, test)))
+    has = [t for t, k in zip(TASKS, ("mask", "depth", "label", "label")) if k in kinds]
     if p.tasks != PROTOCOLS[data].tasks and set(p.tasks) - set(has):
         raise ValueError(f"--tasks {','.join(p.tasks)}: here {data} has what it takes for "
                          f"{','.join(has)} only")
@@ -931,27 +955,32 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     every, known, chosen, heads = torch.arange(len(train)), {}, {}, []
     h, w = (train.memory["image"][0] if train.memory else train[0]["image"]).shape[-2:]
     bytes_each = h * w * (4 * model.config.width * (1 + p.cat_cls) / patch**2 + 5)
-    cached = ("x", "mask", "depth") if len(train) * bytes_each <= cache_gib * 2**30 else ()
-    cached = cached if dense and not p.crop else ()
-    if cached or image:
+    once = dense and not p.crop and len(train) * bytes_each <= cache_gib * 2**30
+    if once or image:
         order = [i.tolist() for i in every.split(50)]
-        for batch in bar(train.batches(order, workers), "frozen features", len(order)):
+        stream = bar(train.batches(order, workers), "frozen features", len(order))
+        for i, batch in zip(order, stream):
             x, y = tokens(model, batch["image"].to(device), p)
             for k, v in (batch | {"x": x, "y": y}).items():
-                if k in (*cached, "y", "label"):
-                    known.setdefault(k, []).append(v.to(device))
-        known = {k: torch.cat(v) for k, v in known.items()}
+                if k in ("y", "label") or (once and k in ("x", "mask", "depth")):
+                    empty = v.new_empty(len(train), *v.shape[1:], device=device)
+                    known.setdefault(k, empty)[i] = v.to(device)
     if dense:
-        held = every % 10 == 9 if len(p.lr) > 1 else every < 0
-        cache = {k: known.pop(k) for k in cached if k in known}
+        held = every % 10 == 0 if len(p.lr) > 1 else every < 0
+        cache = {k: known.pop(k) for k in ("x", "mask", "depth") if k in known}
         tried = train_heads(model, train, every[~held], cache, p, workers)
-        won = [scores(judge(model, h, train, every[held], p, workers)[0]) if held.any() else {}
-               for h in tried]
-        for head in tried[0]:  # of every task the rate that is best on the pictures held back
-            loss = [-s.get("miou", 0) if head.task == "seg" else s.get("rmse", 0) for s in won]
-            best = loss.index(min(loss))
-            heads += [h for h in tried[best] if h.task == head.task]
-            chosen[head.task] = f"lr {p.lr[best]:g}"
+        sound = [all(v.isfinite().all() for h in some for v in h.parameters()) for some in tried]
+        tried = [(lr, some) for lr, some, ok in zip(p.lr, tried, sound) if ok]
+        if not tried:
+            raise ValueError(f"the heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
+        only = replace(p, tasks=tuple(dense))
+        won = [scores(judge(model, some, train, every[held], only, workers)[0])
+               for _, some in tried if held.any()] or [{}]
+        for task in (h.task for h in tried[0][1]):  # the rate that is best on those held back
+            loss = [-s.get("miou", 0) if task == "seg" else s.get("rmse", 0) for s in won]
+            lr, some = tried[loss.index(min(loss))]
+            heads += [h for h in some if h.task == task]
+            chosen[task] = f"lr {lr:g}"
     stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
     if "cls" in p.tasks:
         sets, n = (known["y"], known["label"], stats["image"]), len(train.labels)
@@ -972,9 +1001,11 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
 def record(folder: Path, key: str, result: dict) -> None:
     """Write a result to the folder's eval.json; what is there under other names stays."""
     file, beside = folder / "eval.json", folder / "eval.json.tmp"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results[key] = results.get(key, {}) | result
-    beside.write_text(json.dumps(results, indent=1))
+    try:
+        results = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise ValueError(f"{file} is damaged, this result is not in it; move it away") from None
+    beside.write_text(json.dumps(results | {key: result}, indent=1))
     os.replace(beside, file)
 
 
@@ -983,7 +1014,7 @@ def line(result: dict) -> str:
 
 
 def sheet(path, shots: list[dict], classes: int) -> None:
-    """A row a picture, as a PNG: picture; classes, true and predicted; depth, true and predicted.
+    """A column a picture, as a PNG: picture; classes, true and predicted; depth, the same.
     Ignored classes and missing depth are black; near is bright, far is dark."""
     k = torch.arange(256)
     colours = hsv(k * 0.381966 % 1, 0.4 + 0.2 * (k % 3), 0.95 - 0.18 * (k % 4)).T
@@ -1001,21 +1032,29 @@ def sheet(path, shots: list[dict], classes: int) -> None:
         return (colour * (x > 0)[..., None]).movedim(-1, 0)
 
     tiles, size = [], list(shots[0]["image"].shape[-2:])
-    kinds = "image", "mask", "predicted seg", "depth", "predicted depth"
-    kinds = [kind for kind in kinds if kind in shots[0]]
-    for shot in shots:
-        depth = shot.get("depth", torch.zeros(1))
+    for kind, shot in product(shots[0], shots):
+        depth = shot.get("true depth", torch.ones(1))
         depth = depth[depth > 0] if (depth > 0).any() else torch.ones(1)
-        for kind in kinds:
-            tile = paint(kind, shot[kind], depth.min(), depth.max())
-            tiles.append(TF.resize(tile, size, InterpolationMode.NEAREST_EXACT))
-    save_image(torch.stack(tiles), path, nrow=len(kinds))
+        tile = paint(kind, shot[kind], depth.min(), depth.max())
+        tiles.append(TF.resize(tile, size, InterpolationMode.NEAREST_EXACT))
+    save_image(torch.stack(tiles), path, nrow=len(shots))
 
 
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    floats = lambda text: tuple(map(float, text.split(",")))
+
+    def count(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+        return int(text)
+
+    def side(text: str) -> int:
+        return 0 if text == "0" else count(text)
+
+    def rates(text: str) -> tuple[float, ...]:
+        return tuple(map(float, text.split(",")))
+
     p.add_argument("runs", nargs="*", help="run folders, or checkpoints in them")
     g = p.add_argument_group("what is judged")
     g.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
@@ -1025,17 +1064,17 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--tasks", type=lambda text: tuple(text.split(",")),
                    help="comma list of seg, depth, cls, knn (default: all that the data set has)")
     g = p.add_argument_group("protocol (defaults: the data set's, as above)")
-    g.add_argument("--layer", type=int, help="number of blocks that features come from")
+    g.add_argument("--layer", type=count, help="number of blocks that features come from")
     g.add_argument("--cat-cls", action="store_true", default=None, help="[CLS] beside every patch")
-    g.add_argument("--image-size", type=int, dest="size", metavar="PX", help="shorter side")
-    g.add_argument("--crop", type=int, metavar="PX", help="crops to train on; 0: whole")
-    g.add_argument("--window", type=int, metavar="PX", help="windows to test in; 0: whole")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirrored")
-    g.add_argument("--iterations", type=int, help="of the dense heads")
-    g.add_argument("--batch-size", type=int, help="of the dense heads, pictures")
-    g.add_argument("--lr", type=floats, help="of the dense heads; a comma list to choose from")
-    g.add_argument("--train", type=int, metavar="N", help="number of Scenes to train heads on")
-    g.add_argument("--test", type=int, metavar="N", help="number of Scenes to test on")
+    g.add_argument("--image-size", type=side, dest="size", metavar="PX", help="shorter; 0: as is")
+    g.add_argument("--crop", type=side, metavar="PX", help="crops to train on; 0: whole")
+    g.add_argument("--window", type=side, metavar="PX", help="windows to test in; 0: whole")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="test mirrored, too")
+    g.add_argument("--iterations", type=count, help="of the dense heads")
+    g.add_argument("--batch-size", type=count, help="of the dense heads, pictures")
+    g.add_argument("--lr", type=rates, help="of the dense heads; a comma list to choose from")
+    g.add_argument("--train", type=count, metavar="N", help="number of Scenes to train heads on")
+    g.add_argument("--test", type=count, metavar="N", help="number of Scenes to test on")
     g.add_argument("--seed", type=int, help="of heads and their batches")
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
@@ -1049,25 +1088,35 @@ def parse(argv) -> argparse.Namespace:
 def run(args) -> None:
     if args.sheet:
         scenes = Scenes("test", 96)(torch.arange(8))
-        shots = [{k: v[i] for k, v in scenes.items()} for i in range(8)]
+        names = {"image": "image", "mask": "true seg", "depth": "true depth"}
+        shots = [{name: scenes[k][i] for k, name in names.items()} for i in range(8)]
         return sheet(args.sheet, shots, len(SCENE_CLASSES))
     if not args.runs:
         raise ValueError("give a run folder, as in: python eval_dense.py runs/NAME")
     if args.tasks and (unknown := set(args.tasks) - set(TASKS)):
         raise ValueError(f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     p, first = PROTOCOLS[args.data], None
     changed = {f.name: getattr(args, f.name, None) for f in fields(p)}
     changed = {k: v for k, v in changed.items() if v is not None and v != getattr(p, k)}
+    idle = {"scenes": {"crop"}}.get(args.data, {"train", "test"})
+    if args.data == "imagefolder":
+        idle = changed.keys() - {"tasks", "size", "layer", "seed"}
+    if unused := changed.keys() & idle:
+        raise ValueError(f"--data {args.data} has no use for --{min(unused).replace('_', '-')}")
     place = [Path(args.root).name] if args.data in ("pairs", "imagefolder") and args.root else []
-    options = [f"{k}={v}".replace(" ", "") for k, v in changed.items() if k != "tasks"]
-    key = " ".join([args.network, args.data, *place, *options])
+    text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    options = [f"{k}={text(v)}" for k, v in changed.items()]
     for name in args.runs:
         path = Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
+        file = [] if path.name == "last.pt" else [path.name]
+        key = " ".join([*file, args.network, args.data, *place, *options])
         model = clsspec.load(path, args.network).to(args.device)
         result, stats, shots = evaluate(model, args.data, args.root, replace(p, **changed),
                                         args.workers, args.save_pictures)
-        record(path.parent, key, result)
         print(f"{name}: {key}, {result['seconds']:.0f} s\n  {line(result)}")
+        record(path.parent, key, result)
         if shots:
             file = path.parent / f"{key.replace(' ', '-')}.png"
             sheet(file, shots, len(result.get("iou", ())))

@@ -826,7 +826,7 @@ def run(args, rank: int, ranks: int) -> None:
 
 # The online probe: eval_dense's protocol for Scenes, shorter, with k-NN for pictures as a whole.
 ONLINE = replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth", "knn"), iterations=200,
-                 train=500, test=250)
+                 train=500, test=250, split="val")
 
 
 def probe(vit: clsspec.ViT, protocol: eval_dense.Protocol) -> dict:
@@ -843,7 +843,7 @@ def final_table(args, trained: clsspec.ViT) -> None:
     print("\nlinear probe on Scenes  mIoU %   depth RMSE m")
     for name, vit in (("untrained", untrained), ("teacher", trained)):
         result = probe(vit, replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth")))
-        eval_dense.record(args.out, f"{name} scenes", result)
+        eval_dense.record(args.out, f"{name} scenes tasks=seg,depth", result)
         print(f"  {name:20} {result['miou']:7.2f} {result['rmse']:14.3f}")
 
 

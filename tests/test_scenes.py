@@ -94,7 +94,7 @@ def test_scene_is_a_function_of_its_number():
 def test_splits_seeds_and_numbers_make_different_scenes():
     i = torch.arange(50)
     pictures = [Scenes(s, 32, seed)(i)["image"] for s in SPLITS for seed in (0, 1)]
-    assert len(torch.cat(pictures).flatten(1).unique(dim=0)) == 6 * 50
+    assert len(torch.cat(pictures).flatten(1).unique(dim=0)) == 8 * 50
 
 
 def test_types_ranges_and_label():
@@ -155,8 +155,8 @@ def test_objects_stand_apart_and_away_from_the_camera():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="split must be one of train, probe, test; got 'val'"):
-        Scenes("val")
+    with pytest.raises(ValueError, match="split must be one of train, probe, test, val; got 'dev'"):
+        Scenes("dev")
     for bad in (-1, Scenes.span):
         with pytest.raises(ValueError, match=f"got {bad}"):
             Scenes()(torch.tensor([0, bad]))

@@ -7,3 +7,8 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# A run of seconds: every part of the default, small.
+QUICK = ["--scale", "nano", "--device", "cpu", "--pictures", "16", "--batch-size", "4", "--image-size", "32",
+         "--source-size", "32", "--local-size", "16", "--local-crops", "1", "--prototypes", "16", "--hidden", "16", "--log-every", "1",
+         "--no-probe", "--steps", "4"]

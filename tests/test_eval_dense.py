@@ -104,6 +104,40 @@ def test_linear_reads_what_is_there_and_chooses_the_input_that_has_it():
     assert (guess == test).float().mean() < 0.55
 
 
+def test_linear_is_chosen_on_pictures_that_it_has_not_seen():
+    """[CLS] tells, the mean patch is loud noise: who sees the held-out pictures prefers to learn the noise by heart."""
+    torch.manual_seed(0)
+    kind = torch.randint(0, 2, (60,))
+    labels = torch.where(torch.arange(60) < 9, 1 - kind, kind)  # some are wrong
+    x = torch.cat([F.one_hot(kind, 60).float(), torch.randn(60, 60)], 1)
+    assert eval_dense.linear(x, labels, x, 2, seed=0)[1].startswith("[CLS], lr")
+
+
+def test_rows_and_columns_that_the_loss_looks_at_are_those_of_the_labels(monkeypatch):
+    seen = []
+
+    def positions(self, x, rows, columns):  # of the looked-at pixels, in patches, as interpolation has them
+        lines = (rows @ torch.arange(4.0))[:, None] + 10 * (columns @ torch.arange(6.0))
+        return self.linear.weight.sum() * 0 + lines.expand(len(x), -1, -1)
+
+    def look(task, out, batch):
+        seen.append((out.detach()[0], batch["depth"][0]))
+        return out.sum()
+
+    monkeypatch.setattr(Head, "forward", positions)
+    monkeypatch.setattr(eval_dense, "head_loss", look)
+    row, column = (torch.arange(8 * n)[:, None] for n in (4, 6))
+    at = lambda i, n: ((i + 0.5) / 8 - 0.5).clamp(0, n - 1)
+    depth = at(row, 4) + 10 * at(column.T, 6)
+    cache = {"x": torch.zeros(3, 4, 6, 5), "depth": depth.expand(3, -1, -1)}
+    p = replace(SHORT, tasks=("depth",), iterations=20)
+    eval_dense.train_heads(Oracle(), eval_dense.Pictures(), torch.arange(3), cache, p, 0)
+    for out, truth in seen:
+        assert out.shape == (8, 12)
+        torch.testing.assert_close(out, truth)
+    assert len({truth[2, 2].item() for _, truth in seen}) > 5
+
+
 def test_difference_is_paired_over_pictures():
     torch.manual_seed(0)
     hard = 5 * torch.rand(200)  # pictures differ far more than models do

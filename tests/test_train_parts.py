@@ -1,0 +1,264 @@
+"""What train.py is made of: losses against loops written from their formulas, views, masks, networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import train
+from conftest import QUICK
+
+
+# --- losses ------------------------------------------------------------------------------------------
+
+
+def softmax(row):
+    e = [math.exp(v - max(row)) for v in row]
+    return [v / sum(e) for v in e]
+
+
+def test_dino_loss_equals_a_loop():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 3, 5), torch.rand(2, 3, 5)
+    terms = []
+    for t in range(2):
+        for s in range(4):
+            if s != t:
+                for b in range(3):
+                    p = softmax((student[s, b] / 0.1).tolist())
+                    terms.append(-sum(teacher[t, b, k].item() * math.log(p[k]) for k in range(5)))
+    assert train.dino_loss(student, teacher, 0.1).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_ibot_loss_equals_a_loop():
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    student, teacher = torch.randn(3, 4, 5), torch.rand(3, 4, 5)
+    total = 0.0
+    for view in range(3):
+        terms = []
+        for n in range(4):
+            if mask[view, n]:
+                p = softmax((student[view, n] / 0.1).tolist())
+                terms.append(-sum(teacher[view, n, k].item() * math.log(p[k]) for k in range(5)))
+        total += sum(terms) / len(terms) if terms else 0.0
+    weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
+    ours = train.ibot_loss(student[mask], teacher[mask], weight, 0.1, views=3)
+    assert ours.item() == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_koleo_equals_a_loop():
+    torch.manual_seed(0)
+    z = torch.randn(6, 4)
+    rows = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in z.tolist()]
+    near = [min(math.dist(a, b) for j, b in enumerate(rows) if j != i) for i, a in enumerate(rows)]
+    assert train.koleo(z).item() == pytest.approx(-sum(math.log(d + 1e-8) for d in near) / 6, rel=1e-5)
+
+
+def test_koleo_of_equal_embeddings_is_finite():
+    z = torch.ones(4, 8, requires_grad=True)
+    train.koleo(z).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+def test_sinkhorn_equals_a_loop_and_balances():
+    torch.manual_seed(0)
+    logits = torch.rand(12, 4)
+    q = [[math.exp(v / 0.05) for v in row] for row in logits.tolist()]
+    for _ in range(3):
+        columns = [sum(row[k] for row in q) for k in range(4)]
+        q = [[row[k] / columns[k] for k in range(4)] for row in q]
+        q = [[v / sum(row) for v in row] for row in q]
+    torch.testing.assert_close(train.sinkhorn(logits, 0.05), torch.tensor(q), atol=1e-5, rtol=1e-4)
+    many = train.sinkhorn(logits, 0.05, iterations=200)
+    torch.testing.assert_close(many.sum(1), torch.ones(12))
+    torch.testing.assert_close(many.sum(0), torch.full((4,), 3.0), atol=1e-3, rtol=0)
+
+
+def test_sinkhorn_of_no_token_at_all():
+    """A rank may have no masked patch."""
+    assert train.sinkhorn(torch.zeros(0, 4), 0.05).shape == (0, 4)
+
+
+def test_ema_centre_is_the_softmax_about_it_and_moves_a_tenth():
+    logits, centre = torch.randn(6, 4), torch.randn(4)
+    expected, moved = F.softmax((logits - centre) / 0.04, -1), 0.9 * centre + 0.1 * logits.mean(0)
+    torch.testing.assert_close(train.ema_centre(logits, 0.04, centre), expected)
+    torch.testing.assert_close(centre, moved)
+
+
+def test_teacher_follows_the_power_law():
+    student, teacher = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    start = [p.clone() for p in teacher.parameters()]
+    for _ in range(7):
+        train.update_teacher(teacher, student, 0.9)
+    for t, t0, s in zip(teacher.parameters(), start, student.parameters()):
+        torch.testing.assert_close(t, 0.9**7 * t0 + (1 - 0.9**7) * s)
+
+
+def test_schedules_start_peak_and_end_where_they_should():
+    args = train.parse(["--scale", "large", "--recipe", "dinov2"])
+    first, peak, last = (train.schedule(args, step, 96) for step in (0, 100_000, 624_999))
+    assert first["lr"] == 0 and peak["lr"] == pytest.approx(2e-4 * 3**0.5) and last["lr"] == pytest.approx(1e-6, rel=1e-3)
+    assert (first["wd"], first["ema"], first["temp"]) == pytest.approx((0.04, 0.994, 0.04))
+    assert last["wd"] == pytest.approx(0.2) and last["ema"] == pytest.approx(1) and last["temp"] == 0.07
+    assert train.schedule(args, 37_500, 96)["temp"] == pytest.approx(0.07)
+    assert train.schedule(args, 18_750, 96)["temp"] == pytest.approx(0.055)
+    args = train.parse(["--scale", "large", "--recipe", "dino"])
+    assert train.schedule(args, 12_510, 32)["lr"] == pytest.approx(5e-4 * 4)  # linear in the batch: 1024 / 256
+
+
+# --- views and masks ---------------------------------------------------------------------------------
+
+
+def plain_u(n, **columns):
+    """Uniform numbers that make a view without jitter, flip, blur, grey, solarise; then changes."""
+    u = torch.full((n, 16), 0.999)
+    for column, value in columns.items():
+        u[:, int(column[1:])] = value
+    return u
+
+
+def still(img, size, **columns):
+    out = train.view(img, plain_u(len(img), **{"c1": 0.5} | columns), size, (1.0, 1.0), 0.0, 0.0, 2.0)
+    return out * torch.tensor(train.eval_dense.STD)[:, None, None] + torch.tensor(train.eval_dense.MEAN)[:, None, None]
+
+
+def test_whole_picture_is_the_picture_and_flips():
+    img = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(still(img, 16), img, atol=1e-5, rtol=0)
+    torch.testing.assert_close(still(img, 16, c4=0.1), img.flip(-1), atol=1e-5, rtol=0)
+
+
+def test_halving_a_picture_equals_antialiased_bilinear():
+    img = torch.rand(2, 3, 32, 32)
+    theirs = F.interpolate(img, size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(still(img, 16), theirs, atol=1e-5, rtol=0)
+
+
+def test_crop_is_the_box_it_says():
+    img = torch.rand(1, 3, 32, 32)
+    u = plain_u(1, c1=0.5, c2=0.5, c3=0.25)  # a quarter of the area: 16 x 16 px at row 8, column 4
+    out = train.view(img, u, 16, (0.25, 0.25), 0.0, 0.0, 2.0)
+    torch.testing.assert_close(out, train.normalise(img[:, :, 8:24, 4:20]), atol=1e-5, rtol=0)
+
+
+def test_blur_equals_torchvisions_in_the_middle():
+    img = torch.rand(1, 3, 32, 32)
+    u = plain_u(1, c1=0.5, c5=0.0, c6=0.5)
+    sigma = 2.0 * (0.05 + 0.95 * 0.5)
+    out = train.view(img, u, 32, (1.0, 1.0), 1.0, 0.0, 2.0)
+    theirs = train.normalise(torchvision.transforms.v2.functional.gaussian_blur(img, [15, 15], [sigma, sigma]))
+    torch.testing.assert_close(out[..., 8:24, 8:24], theirs[..., 8:24, 8:24], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("columns, function, factor", [
+    (dict(c8=0.9), "adjust_brightness", 1 + 0.4 * 0.8), (dict(c9=0.1), "adjust_contrast", 1 - 0.4 * 0.8),
+    (dict(c10=0.1), "adjust_saturation", 1 - 0.2 * 0.8)])
+def test_colours_equal_torchvisions(columns, function, factor):
+    img = 0.25 + 0.3 * torch.rand(2, 3, 16, 16)  # nothing is clipped
+    rest = {f"c{k}": 0.5 for k in (8, 9, 10, 11)} | columns  # 0.5: no change
+    theirs = getattr(torchvision.transforms.v2.functional, function)(img, factor)
+    torch.testing.assert_close(still(img, 16, c7=0.0, **rest), theirs, atol=2e-3, rtol=0)
+
+
+def test_hue_turns_colours_and_keeps_grey_and_solarise_inverts():
+    half = {f"c{k}": 0.5 for k in (8, 9, 10)}
+    red = torch.tensor([0.6, 0.3, 0.3])[:, None, None].expand(1, 3, 16, 16)
+    turned = still(red, 16, c7=0.0, c11=0.9, **half)[0, :, 0, 0]
+    assert turned.sum().item() == pytest.approx(1.2, abs=1e-4) and turned[1] > turned[2]  # red towards yellow
+    grey = torch.full((1, 3, 16, 16), 0.4)
+    torch.testing.assert_close(still(grey, 16, c7=0.0, c11=0.9, **half), grey, atol=1e-5, rtol=0)
+    out = train.view(torch.full((1, 3, 16, 16), 0.9), plain_u(1, c1=0.5, c13=0.0), 16, (1.0, 1.0), 0.0, 1.0, 2.0)
+    torch.testing.assert_close(out, train.normalise(torch.full((1, 3, 16, 16), 0.1)), atol=1e-5, rtol=0)
+
+
+def test_views_of_ranks_are_the_slices_of_one_batch():
+    args = train.parse(QUICK)
+    img = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)
+    whole, _ = train.make_views(args, img, 3, 0, 1)
+    parts = [train.make_views(args, img[r * 4 : r * 4 + 4], 3, r, 2)[0] for r in (0, 1)]
+    by_rank = torch.cat([p.unflatten(0, (2, 4)) for p in parts], 1).flatten(0, 1)
+    torch.testing.assert_close(by_rank, whole, atol=1e-6, rtol=0)
+    assert not torch.allclose(whole, train.make_views(args, img, 4, 0, 1)[0])
+    whole = train.make_masks(args, 8, 8, 3, 0, 1)
+    parts = [train.make_masks(args, 4, 8, 3, r, 2).unflatten(0, (2, 4)) for r in (0, 1)]
+    assert torch.equal(torch.cat(parts, 1).flatten(0, 1), whole)
+
+
+def test_masks_hide_the_share_they_should_in_blocks():
+    args = train.parse(["--scale", "large"])
+    mask = train.make_masks(args, 200, 14, 0, 0, 1)
+    share = mask.float().mean(1)
+    assert mask.shape == (400, 256) and (share > 0).sum() == 200 and share.max() <= 0.5
+    assert share[share > 0].mean().item() == pytest.approx(0.3, abs=0.03)
+    grid = mask[share > 0].view(-1, 16, 16)
+    neighbours = (grid[:, 1:] & grid[:, :-1]).sum() / grid.sum()
+    assert neighbours > 0.7  # scattered patches of the same number: about 0.3
+
+
+def test_batches_are_epochs_of_all_pictures():
+    seen = torch.cat([train.batch_index(10, 3, seed=0, step=s) for s in range(3)])
+    assert len(set(seen.tolist())) == 9
+    assert not torch.equal(train.batch_index(10, 3, 0, 0), train.batch_index(10, 3, 0, 3))
+    assert not torch.equal(train.batch_index(10, 3, 0, 0), train.batch_index(10, 3, 1, 0))
+
+
+# --- networks ----------------------------------------------------------------------------------------
+
+
+def test_batch_norm_of_the_heads_equals_torchs():
+    x = 3 + 2 * torch.randn(50, 8)
+    torch.testing.assert_close(train.BatchNorm()(x), torch.nn.BatchNorm1d(8, affine=False)(x), atol=1e-5, rtol=1e-5)
+
+
+def networks(*flags):
+    args = train.parse([*QUICK, *flags])
+    torch.manual_seed(0)
+    student = train.Network(args)
+    return args, student, train.make_teacher(args, student)
+
+
+@pytest.mark.parametrize("flags", [[], ["--recipe", "dino"], ["--no-separate-head"], ["--local-crops", "0"],
+                                   ["--spec", "norms,qkv", "--centring", "ema"]])
+def test_every_parameter_that_should_learn_gets_a_gradient_and_the_teacher_none(flags):
+    args, student, teacher = networks(*flags)
+    img = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
+    mask = train.make_masks(args, 4, 8, 0, 0, 1) if args.ibot else None
+    terms, meters = train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), mask, 0.04)
+    sum(terms.values()).backward()
+    assert [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(p.grad is None for p in teacher.parameters())
+    ours = {p.data_ptr() for p in student.parameters()}
+    assert not ours & {p.data_ptr() for p in teacher.parameters()}
+    assert set(terms) == {"dino"} | ({"ibot", "koleo"} if args.ibot else set())
+    assert 0 < meters["entropy"] <= 1 and meters["kl"] > 0
+
+
+def test_teacher_sees_whole_global_views_only():
+    args, student, teacher = networks()
+    seen = []
+    teacher.backbone.register_forward_pre_hook(lambda m, a: seen.append(a))
+    img = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
+    train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), train.make_masks(args, 4, 8, 0, 0, 1), 0.04)
+    assert len(seen) == 1 and seen[0][0].shape == (8, 3, 32, 32) and seen[0][1] is None
+
+
+def test_teacher_skips_no_branch():
+    args, student, teacher = networks("--drop-path", "0.5")
+    img = torch.randn(4, 3, 32, 32)
+    assert torch.equal(teacher.backbone(img)["cls"], teacher.backbone(img)["cls"])
+    assert not torch.equal(student.backbone(img)["cls"], student.backbone(img)["cls"])
+
+
+def test_no_weight_decay_on_biases_norms_and_layerscale():
+    _, student, _ = networks("--spec", "norms,qkv", "--layerscale", "0.1")
+    names = {id(p): n for n, p in student.named_parameters()}
+    args = train.parse([])
+    for group in train.make_optimizer(args, student).param_groups:
+        for p in group["params"]:
+            n = names[id(p)]
+            assert group["free"] == (n.endswith("bias") or "norm" in n or "gamma" in n), n
+            assert (group["kind"] == "last") == n.endswith("head.last")

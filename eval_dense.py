@@ -34,7 +34,7 @@ Metrics   miou: mean over classes of intersection / union summed over the set, c
           accuracy. In % but rmse and absrel.
 
                shorter side  crop, window  iterations x batch  --lr              warm-up  classes
-  scenes       8 patches     -             1000 x 128          3e-2              0.1      10
+  scenes       8 patches     -             2000 x 128          3e-2              0.1      10
   pairs        as it is      -             1000 x 32           1e-2              0.1      its own
   voc, ade20k  512           512           40000 x 16          1e-3              1500     21, 150
   cityscapes   1024          512           40000 x 16          1e-3              1500     19
@@ -596,7 +596,7 @@ SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e
 DEPTH = Protocol(("depth",), 480, flip=True, iterations=38_400, batch_size=16,
                  lr=(3e-4, 1e-3, 5e-3), warmup=1 / 3)
 PROTOCOLS = {
-    "scenes": Protocol(TASKS, batch_size=128, lr=(3e-2,)), "pairs": Protocol(DENSE),
+    "scenes": Protocol(TASKS, iterations=2000, batch_size=128, lr=(3e-2,)), "pairs": Protocol(DENSE),
     "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, size=1024),
     "nyu": DEPTH, "kitti": replace(DEPTH, size=352), "sunrgbd": DEPTH,
     "imagefolder": Protocol(("cls", "knn"), 224)}
@@ -963,8 +963,9 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
             x, y = tokens(model, batch["image"].to(device), p)
             for k, v in (batch | {"x": x, "y": y}).items():
                 if k in ("y", "label") or (once and k in ("x", "mask", "depth")):
-                    empty = v.new_empty(len(train), *v.shape[1:], device=device)
-                    known.setdefault(k, empty)[i] = v.to(device)
+                    if k not in known:
+                        known[k] = v.new_empty(len(train), *v.shape[1:], device=device)
+                    known[k][i] = v.to(device)
     if dense:
         held = every % 10 == 0 if len(p.lr) > 1 else every < 0
         cache = {k: known.pop(k) for k in ("x", "mask", "depth") if k in known}

@@ -177,6 +177,10 @@ def parse(argv) -> argparse.Namespace:
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[chosen.scale])
     args = p.parse_args(argv)
+    for name in ("steps", "batch_size", "pictures", "prototypes", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            p.error(f"argument --{flag}: must be 1 or more, not {getattr(args, name)}")
     args.spec = tuple(filter(None, args.spec.split(",")))
     name = "-".join(args.spec) or "plain"
     args.out = Path(args.out or f"runs/{args.recipe}-{args.scale}-{name}-s{args.seed}")
@@ -731,6 +735,8 @@ def check_finite(rows: Tensor, names: list[str], first: int) -> None:
 def run(args, rank: int, ranks: int) -> None:
     start, main, cuda = time.time(), rank == 0, args.device.startswith("cuda")
     say = print if main else lambda *_, **__: None
+    if cuda and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     say(f"scale {args.scale} ({torch.cuda.get_device_name() if cuda else 'no GPU in use'}), recipe "
         f"{args.recipe}, data {args.data}, spec {','.join(args.spec) or 'none'}", flush=True)
     torch.manual_seed(args.seed)

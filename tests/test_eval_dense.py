@@ -550,7 +550,8 @@ def test_sheet_of_scenes(tmp_path):
     (["RUN", "--layer", "13"], "outside 1 to 12"),
     (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
     (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
-def test_bad_flags_are_one_line(runs, flags, words):
+def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=words) as caught:
         eval_dense.main([str(runs / "a") if f == "RUN" else f for f in flags])
     assert "\n" not in str(caught.value)

@@ -173,13 +173,21 @@ def test_loss_falls_and_meters_are_quiet(tmp_path):
     (["--spec", "norm"], "unknown component 'norm'"), (["--spec", "qkv", "--spec-blocks", 13], "outside 0 to 12"),
     (["--image-size", 36], "no multiple of the patch"), (["--local-size", 18], "--local-size 18.*try 16"),
     (["--batch-size", 17], "17 pictures is larger than the set.*has 16"), (["--batch-size", 1], "KoLeo needs a neighbour"),
-    (["--data", "nowhere"], "--data nowhere: neither"), (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])
+    (["--data", "nowhere"], "--data nowhere: neither"), (["--device", "cuda"], "--device cuda: torch sees no GPU"), (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])
 def test_bad_flags_are_one_clear_line(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = error(*flags)
     assert message.startswith("error: ")
     assert re.search(words, message), message
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--log-every"])
+def test_counts_are_one_or_more(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*QUICK, flag, "0"])
+    assert f"argument {flag}: must be 1 or more, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--recipe", "simclr"], ["--size", "giant"], ["--centring", "none"]])

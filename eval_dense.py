@@ -58,6 +58,7 @@ import copy
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -596,7 +597,8 @@ SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e
 DEPTH = Protocol(("depth",), 480, flip=True, iterations=38_400, batch_size=16,
                  lr=(3e-4, 1e-3, 5e-3), warmup=1 / 3)
 PROTOCOLS = {
-    "scenes": Protocol(TASKS, iterations=2000, batch_size=128, lr=(3e-2,)), "pairs": Protocol(DENSE),
+    "scenes": Protocol(TASKS, iterations=2000, batch_size=128, lr=(3e-2,)),
+    "pairs": Protocol(DENSE),
     "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, size=1024),
     "nyu": DEPTH, "kitti": replace(DEPTH, size=352), "sunrgbd": DEPTH,
     "imagefolder": Protocol(("cls", "knn"), 224)}
@@ -995,8 +997,20 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     if "counts" in stats:
         result["iou"] = dict(zip(test.classes, (100 * class_iou(stats["counts"].sum(0))).tolist()))
     protocol = asdict(replace(p, train=len(train), test=len(test))) | {"height": h, "width": w}
-    return result | {"chosen": chosen, "protocol": protocol, "torch": torch.__version__,
-                     "device": str(device), "seconds": round(time.time() - start, 1)}, stats, shots
+    result |= {"chosen": chosen, "protocol": protocol, "versions": versions(),
+               "device": str(device), "seconds": round(time.time() - start, 1)}
+    return result, stats, shots
+
+
+def versions() -> dict[str, str]:
+    """Of this project (git), Python, torch, torchvision: what a number was made with."""
+    git = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
+    try:
+        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
+    return {"git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
+            "torchvision": torchvision.__version__}
 
 
 def record(folder: Path, key: str, result: dict) -> None:

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -35,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
-import torchvision
 from einops import rearrange
 from PIL import Image, ImageOps  # comes with torchvision
 from torch import Tensor, nn
@@ -697,17 +695,10 @@ def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
     if not first:
         for old in ("last.pt", "eval.json"):
             (args.out / old).unlink(missing_ok=True)
-    git = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
-    try:
-        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        git = ""
     cuda = args.device.startswith("cuda")
     (args.out / "config.json").write_text(json.dumps({
         "command": "python " + " ".join(sys.argv), "args": plain(args), "model": asdict(config),
-        "git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "processes": ranks,
-        "threads": torch.get_num_threads(),
+        **eval_dense.versions(), "processes": ranks, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
 
 

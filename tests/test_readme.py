@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import clsspec
+import eval_dense
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,11 @@ def test_there_are_commands():
 def test_train_commands_have_flags_that_exist(command):
     args = train.parse(shlex.split(command.split("train.py", 1)[1]))
     clsspec.config(args.size, args.spec_blocks, spec=args.spec, image_size=args.image_size)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python eval_dense\.py ([^`\n#]*)", README))))
+def test_eval_commands_have_flags_that_exist(command):
+    eval_dense.parse(shlex.split(command))
 
 
 def test_files_that_it_names_exist():

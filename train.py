@@ -65,7 +65,7 @@ RECIPES = {
 }
 SCALES = {
     "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
-                  batch_size=32),
+                  batch_size=32, probe_every=12_500),
     "small": dict(size="small", source_size=160, image_size=128, local_size=64, local_crops=4,
                   batch_size=256, pictures=50_000, steps=2500, global_scale=(0.4, 1.0), colour=0.2,
                   prototypes=512, head_layers=1, bottleneck=256, patch_bottleneck=256,

@@ -259,7 +259,8 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     else:
         world = Scenes("train", args.source_size)
         parts = torch.arange(n, device=args.device).split(256)
-        scenes = torch.cat([world(i)["image"] for i in bar(parts, "rendering Scenes", len(parts))])
+        parts = bar(parts, "rendering Scenes", len(parts)) if rank == 0 else parts
+        scenes = torch.cat([world(i)["image"] for i in parts])
         for i in order:
             yield scenes[i.to(args.device)], []
 
@@ -797,8 +798,7 @@ def run(args, rank: int, ranks: int) -> None:
             speed = len(rows) * batch / (time.time() - tick)
             line |= {"img_per_s": speed, "peak_mb": peak_mb(cuda), "skipped": skipped}
             if main and probing:
-                result = probe(teacher.backbone, ONLINE)
-                line |= {k: result[k] for k in eval_dense.METRICS if k in result}
+                line |= probe(teacher.backbone)
             window, tick = [], time.time()
             progress.set_postfix_str(f"loss {line['loss']:.3f}, {line['img_per_s']:.0f} img/s")
             if main:
@@ -817,7 +817,7 @@ def run(args, rank: int, ranks: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if main and args.probe:
-        final_table(args, teacher.backbone)
+        final_table(args)
         print(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}")
 
 
@@ -826,20 +826,21 @@ ONLINE = replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth", "knn"), 
                  train=500, test=250, split="val")
 
 
-def probe(vit: clsspec.ViT, protocol: eval_dense.Protocol) -> dict:
-    """Judge a network's features on Scenes: those of a copy, which nobody has compiled."""
+def probe(vit: clsspec.ViT) -> dict[str, float]:
+    """Metrics of a network's features on Scenes: of those of a copy, which nobody has compiled."""
     model = clsspec.ViT(vit.config).to(vit.cls_token.device).eval()
     model.load_state_dict(vit.state_dict())
-    return eval_dense.evaluate(model, p=protocol)[0]
+    result = eval_dense.evaluate(model, p=ONLINE)[0]
+    return {k: result[k] for k in eval_dense.METRICS if k in result}
 
 
-def final_table(args, trained: clsspec.ViT) -> None:
-    """Linear probes of the network as it was at step 0 and as it is now, on Scenes."""
-    torch.manual_seed(args.seed)
-    untrained = Network(args).backbone.to(args.device)
+def final_table(args) -> None:
+    """Linear probes on Scenes of the network as it was at step 0, and of the teacher in last.pt."""
     print("\nlinear probe on Scenes  mIoU %   depth RMSE m")
-    for name, vit in (("untrained", untrained), ("teacher", trained)):
-        result = probe(vit, replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth")))
+    for name in ("untrained", "teacher"):
+        model = clsspec.load(args.out / "last.pt", name).to(args.device)
+        protocol = replace(eval_dense.PROTOCOLS["scenes"], tasks=eval_dense.DENSE)
+        result = eval_dense.evaluate(model, p=protocol)[0]
         eval_dense.record(args.out, f"{name} scenes tasks=seg,depth", result)
         print(f"  {name:20} {result['miou']:7.2f} {result['rmse']:14.3f}")
 

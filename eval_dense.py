@@ -61,7 +61,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -571,25 +571,48 @@ def rendered(split: str, size: int, n: int, device: torch.device) -> Pictures:
                     max_depth=Scenes.max_depth)
 
 
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
+
+
+def side(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def rates(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def flag(kind, default, help: str):
+    """A field of Protocol that is a flag of the same name, read by `kind`."""
+    return field(default=default, metadata={"kind": kind, "help": help})
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What is measured and how, see the top of this file. PROTOCOLS has one for every data set."""
 
-    tasks: tuple[str, ...]  # of TASKS
-    size: int = 0  # shorter side of the pictures, pixels; 0: as they are
-    crop: int = 0  # side of the crops that heads are trained on, pixels; 0: whole pictures
-    window: int = 0  # side of the windows to test in, two thirds of it apart; 0: whole pictures
-    flip: bool = False
-    layer: int | None = None  # number of blocks; None: all
-    cat_cls: bool = False
-    iterations: int = 1000
-    batch_size: int = 32
-    lr: tuple[float, ...] = (1e-2,)
-    warmup: float = 0.1  # share of the iterations
-    train: int = 2000  # number of Scenes
-    test: int = 1000
-    split: str = "test"  # of Scenes
-    seed: int = 0  # of the heads and their batches
+    tasks: tuple = flag(names, TASKS, "comma list of seg, depth, cls, knn")
+    image_size: int = flag(side, 0, "shorter side of the pictures, pixels; 0: as they are")
+    crop: int = flag(side, 0, "side of the crops that heads are trained on; 0: whole pictures")
+    window: int = flag(side, 0, "side of the windows to test in; 0: whole pictures")
+    flip: bool = flag(bool, False, "test on the mirrored picture, too, and average")
+    layer: int | None = flag(count, None, "number of blocks that features come from; all")
+    cat_cls: bool = flag(bool, False, "[CLS] beside every patch")
+    iterations: int = flag(count, 1000, "of the dense heads")
+    batch_size: int = flag(count, 32, "pictures an iteration")
+    lr: tuple = flag(rates, (1e-2,), "of the dense heads; of a comma list the best is chosen")
+    warmup: float = flag(float, 0.1, "share of the iterations in which it rises")
+    train: int = flag(count, 2000, "number of Scenes to train heads on")
+    test: int = flag(count, 1000, "number of Scenes to test on")
+    split: str = flag(str, "test", "split of Scenes to test on")
+    seed: int = flag(int, 0, "of the heads and their batches")
 
 
 SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e-3,),
@@ -599,8 +622,8 @@ DEPTH = Protocol(("depth",), 480, flip=True, iterations=38_400, batch_size=16,
 PROTOCOLS = {
     "scenes": Protocol(TASKS, iterations=2000, batch_size=128, lr=(3e-2,)),
     "pairs": Protocol(DENSE),
-    "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, size=1024),
-    "nyu": DEPTH, "kitti": replace(DEPTH, size=352), "sunrgbd": DEPTH,
+    "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, image_size=1024),
+    "nyu": DEPTH, "kitti": replace(DEPTH, image_size=352), "sunrgbd": DEPTH,
     "imagefolder": Protocol(("cls", "knn"), 224)}
 OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunrgbd, imagefolder)}
 
@@ -608,7 +631,7 @@ OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunr
 def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
     """The training and the test split. ValueError: what is missing, expected, and had where."""
     if data == "scenes":
-        size = max(round(p.size / patch), 1) * patch if p.size else 8 * patch
+        size = max(round(p.image_size / patch), 1) * patch if p.image_size else 8 * patch
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     at, sets = Path(root or f"data/{data}"), []
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
@@ -623,7 +646,7 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pict
             what = f"{len(missing)} of {len(files)} files are missing, as {missing[0]}" if files \
                 else f"no picture in split {split}"
             raise ValueError(f"{what}; {wanted}")
-        sets.append(replace(found, size=p.size, crop=p.crop, patch=patch))
+        sets.append(replace(found, size=p.image_size, crop=p.crop, patch=patch))
     if sets[0].labels != sets[1].labels:
         raise ValueError(f"train/ and val/ of {at} have other classes; {wanted}")
     return sets
@@ -1058,39 +1081,17 @@ def sheet(path, shots: list[dict], classes: int) -> None:
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-
-    def count(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-        return int(text)
-
-    def side(text: str) -> int:
-        return 0 if text == "0" else count(text)
-
-    def rates(text: str) -> tuple[float, ...]:
-        return tuple(map(float, text.split(",")))
-
     p.add_argument("runs", nargs="*", help="run folders, or checkpoints in them")
     g = p.add_argument_group("what is judged")
     g.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
                    help="untrained: as both were at step 0 (default: teacher)")
     g.add_argument("--data", default="scenes", choices=list(PROTOCOLS), help="(default: scenes)")
     g.add_argument("--root", default="", help="folder of the data set (default: data/NAME)")
-    g.add_argument("--tasks", type=lambda text: tuple(text.split(",")),
-                   help="comma list of seg, depth, cls, knn (default: all that the data set has)")
     g = p.add_argument_group("protocol (defaults: the data set's, as above)")
-    g.add_argument("--layer", type=count, help="number of blocks that features come from")
-    g.add_argument("--cat-cls", action="store_true", default=None, help="[CLS] beside every patch")
-    g.add_argument("--image-size", type=side, dest="size", metavar="PX", help="shorter; 0: as is")
-    g.add_argument("--crop", type=side, metavar="PX", help="crops to train on; 0: whole")
-    g.add_argument("--window", type=side, metavar="PX", help="windows to test in; 0: whole")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="test mirrored, too")
-    g.add_argument("--iterations", type=count, help="of the dense heads")
-    g.add_argument("--batch-size", type=count, help="of the dense heads, pictures")
-    g.add_argument("--lr", type=rates, help="of the dense heads; a comma list to choose from")
-    g.add_argument("--train", type=count, metavar="N", help="number of Scenes to train heads on")
-    g.add_argument("--test", type=count, metavar="N", help="number of Scenes to test on")
-    g.add_argument("--seed", type=int, help="of heads and their batches")
+    for f in fields(Protocol):
+        kind = f.metadata["kind"]
+        more = dict(type=kind) if kind is not bool else dict(action=argparse.BooleanOptionalAction)
+        g.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **more)
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     g.add_argument("--workers", type=int, default=8 if cuda else 2, help="processes to read files")
@@ -1113,11 +1114,11 @@ def run(args) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     p, first = PROTOCOLS[args.data], None
-    changed = {f.name: getattr(args, f.name, None) for f in fields(p)}
+    changed = {f.name: getattr(args, f.name) for f in fields(p)}
     changed = {k: v for k, v in changed.items() if v is not None and v != getattr(p, k)}
-    idle = {"scenes": {"crop"}}.get(args.data, {"train", "test"})
+    idle = {"scenes": {"crop"}}.get(args.data, {"train", "test", "split"})
     if args.data == "imagefolder":
-        idle = changed.keys() - {"tasks", "size", "layer", "seed"}
+        idle = changed.keys() - {"tasks", "image_size", "layer", "seed"}
     if unused := changed.keys() & idle:
         raise ValueError(f"--data {args.data} has no use for --{min(unused).replace('_', '-')}")
     place = [Path(args.root).name] if args.data in ("pairs", "imagefolder") and args.root else []

@@ -25,7 +25,7 @@ def save(file: Path, values, mode="L", size=(16, 16)):
 
 
 def opened(data, at, **how):
-    p = replace(PROTOCOLS[data], **{"size": 0, "crop": 0, "window": 0} | how)
+    p = replace(PROTOCOLS[data], **{"image_size": 0, "crop": 0, "window": 0} | how)
     return eval_dense.open_set(data, str(at), p, 8, CPU)
 
 
@@ -80,7 +80,7 @@ def test_nyu_is_in_metres_to_ten_in_eigens_crop(tmp_path):
     valid = test[0]["depth"] > 0
     rows, columns = valid.any(1).nonzero()[:, 0].tolist(), valid.any(0).nonzero()[:, 0].tolist()
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (45, 470, 41, 319) and 100 not in rows
-    assert opened("nyu", tmp_path, size=240)[0][0]["image"].shape == (3, 240, 320)
+    assert opened("nyu", tmp_path, image_size=240)[0][0]["image"].shape == (3, 240, 320)
 
 
 def test_kitti_is_cropped_and_scaled_by_256(tmp_path):
@@ -110,7 +110,7 @@ def test_sunrgbd_turns_bits_back_cuts_at_8_m_and_learns_on_nyu(tmp_path):
     for i, metres in enumerate((3.0, 8.0)):
         valid = test[i]["depth"][45:471, 41:601]
         assert valid.unique().item() == pytest.approx(metres) and (test[i]["depth"] > 0).sum() == valid.numel()
-    p = replace(PROTOCOLS["sunrgbd"], size=64, iterations=2, batch_size=2, lr=(1e-3,))
+    p = replace(PROTOCOLS["sunrgbd"], image_size=64, iterations=2, batch_size=2, lr=(1e-3,))
     result, stats, _ = eval_dense.evaluate(Oracle(), "sunrgbd", str(tmp_path), p)  # of two sizes
     assert len(stats["rmse"]) == 2 and math.isfinite(result["rmse"])
 
@@ -120,14 +120,14 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
         for c in range(2):
             for i in range(n):
                 save(tmp_path / f"{split}/c{c}/{i}.jpg", 100 * c + 50, "RGB", (40, 30 + i))
-    first, _ = opened("imagefolder", tmp_path, size=16)
+    first, _ = opened("imagefolder", tmp_path, image_size=16)
     assert first[0]["image"].shape == (3, 16, 16) and first.labels == ("c0", "c1") and len(first) == 40
-    p = replace(PROTOCOLS["imagefolder"], size=16)
+    p = replace(PROTOCOLS["imagefolder"], image_size=16)
     result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
     assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
     (tmp_path / "val/c1").rename(tmp_path / "val/c2")
     with pytest.raises(ValueError, match="have other classes"):
-        opened("imagefolder", tmp_path, size=16)
+        opened("imagefolder", tmp_path, image_size=16)
 
 
 def test_pairs_and_random_crops(tmp_path):

@@ -360,7 +360,7 @@ def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
 
 
 def test_sides_are_made_multiples_of_the_patch(tmp_path):
-    at, p = str(tree(tmp_path / "t")), replace(SHORT, size=30, crop=30, window=21, iterations=2)
+    at, p = str(tree(tmp_path / "t")), replace(SHORT, image_size=30, crop=30, window=21, iterations=2)
     protocol = eval_dense.evaluate(Oracle(), "pairs", at, p)[0]["protocol"]
     assert [protocol[k] for k in ("crop", "window", "height", "width")] == [32, 24, 32, 48]
 

@@ -7,22 +7,29 @@
     out = model(torch.rand(2, 3, 224, 224))
     out["cls"].shape, out["patches"].shape     # (2, 384), (2, 196, 384)
 
-    clsspec.specialize(plain_model, ("norms", "qkv"), blocks=4)   # same outputs, more freedom
+    model = clsspec.load_weights("dinov2_vits14_pretrain.pth")    # or DINO's, DeiT-III's, timm's
+    clsspec.specialize(model, ("norms", "qkv"), blocks=4)         # same outputs, more freedom
 
 Source: "Revisiting [CLS] and Patch Token Interaction in Vision Transformers", arXiv 2602.08626.
-With x = [CLS, patches], the tokens of one picture, what differs from a plain ViT is:
+With x = [CLS, registers, patches], the tokens of one picture, what differs from a plain ViT is:
 
     1. norms   LN(x) -> [LN_cls(x_cls), LN_patch(x_patch)]   norm1, norm2, LayerScale of every block
     2. qkv     W x   -> [W_cls x_cls,   W_patch x_patch]     the fused projection of the first third
     3. nothing else: attention, out-projection and MLP stay shared. Each token meets one set of
        weights, so FLOPs do not change. (`proj`, `mlp`, `final` are components for ablations.)
 
-Letters: B pictures, N = h w patches, T = 1 + N tokens, D width, H heads, d = D / H. A plain model
-has the state-dict names of DINO and DINOv2; a specialised layer is `name.cls` and `name.patch`.
+Variants of both papers, each one word of the Config: registers, attention bias, entmax-1.5 in place
+of softmax ("Vision Transformers Need Better Token Interaction", arXiv 2605.23868), CaiT.
+
+Letters: B pictures, N = h w patches, R registers, T = 1 + R + N tokens, D width, H heads, each
+d = D / H wide. A plain model has the state-dict names of DINO and DINOv2; a specialised layer is
+`name.cls` and `name.patch`.
 """
 
+import argparse
 import copy
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,41 +65,54 @@ class Config:
     layerscale: float = 1e-5  # LayerScale's start; 0: no LayerScale (DINO v1)
     drop_path: float = 0.0  # stochastic depth: chance to skip a residual branch, in every block
     pos_antialias: bool = False  # how positions are resampled: see ViT.positions
+    registers: int = 0  # R, tokens without a position (arXiv 2309.16588)
+    registers_path: str = "patch"  # whose weights they pass, where specialised: "patch", "cls"
+    attn: str = "softmax"  # or "entmax15"
+    attn_bias: bool = False  # a learnable key and value per head and block: see Attention
+    class_attn: int = 0  # CaiT: the last N blocks are ClassBlocks, [CLS] joins there
     spec: tuple[str, ...] = ()  # specialised components, from COMPONENTS
-    spec_blocks: int = 0  # qkv, proj, mlp: in how many blocks
+    spec_blocks: int | None = None  # qkv, proj, mlp: in how many blocks; None: a third, the paper's
     spec_where: str = "first"  # ... counted from the "first" or the "last" block
     spec_rank: int = 0  # 0: qkv gets a full [CLS] copy; r > 0: a rank-r update of the patches' copy
 
 
-def config(size: str = "small", spec_blocks: int | None = None, **changes) -> Config:
-    """The Config of a named size. spec_blocks None: a third of the depth, the paper's best."""
+def config(size: str = "small", **changes) -> Config:
+    """The Config of a named size, checked."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; choose from {', '.join(SIZES)}")
-    width, depth, heads, patch = SIZES[size]
-    cfg = Config(**{"width": width, "depth": depth, "heads": heads, "patch": patch} | changes)
-    if cfg.width % cfg.heads:
-        raise ValueError(f"width {cfg.width} is not a multiple of {cfg.heads} heads; change either")
-    if cfg.image_size % cfg.patch or cfg.image_size <= 0:
-        raise ValueError(f"image size {cfg.image_size} is no multiple of the patch, {cfg.patch} px;"
-                         f" try {max(round(cfg.image_size / cfg.patch), 1) * cfg.patch}")
-    check_spec(cfg.spec, spec_blocks, cfg.depth, cfg.spec_where, cfg.spec_rank)
-    in_blocks = {"qkv", "proj", "mlp"} & set(cfg.spec)
-    blocks = cfg.depth // 3 if spec_blocks is None else spec_blocks
-    return replace(cfg, spec_blocks=blocks if in_blocks else 0)
+    return checked(Config(**dict(zip(("width", "depth", "heads", "patch"), SIZES[size])) | changes))
 
 
-def check_spec(spec, blocks: int | None, depth: int, where: str, rank: int) -> None:
-    """Raise ValueError where a specialisation names what does not exist."""
-    for name in spec:
-        if name not in COMPONENTS:
-            known = ", ".join(COMPONENTS)
-            raise ValueError(f"unknown component {name!r} in spec; choose from {known}")
-    if blocks is not None and not 0 <= blocks <= depth:
-        raise ValueError(f"spec blocks {blocks} is outside 0 to {depth}, the depth of this model")
-    if where not in ("first", "last"):
-        raise ValueError(f"spec where {where!r} is not 'first' or 'last'")
-    if rank < 0 or (rank and "qkv" not in spec):
-        raise ValueError(f"spec rank {rank} must be >= 0 and needs component qkv; spec is {spec}")
+def checked(c: Config) -> Config:
+    """The same, with spec_blocks as a number. ValueError: what cannot be, and what to do."""
+    blocks = c.depth // 3 if c.spec_blocks is None else c.spec_blocks
+    unknown, side = set(c.spec) - set(COMPONENTS), max(round(c.image_size / c.patch), 1) * c.patch
+    wrong = {
+        f"width {c.width} is not a multiple of {c.heads} heads; change either": c.width % c.heads,
+        f"image size {c.image_size} is no multiple of the patch, {c.patch} px; try {side}":
+            c.image_size <= 0 or c.image_size % c.patch,
+        f"unknown component {min(unknown, default='')!r} in spec; choose from "
+        f"{', '.join(COMPONENTS)}": unknown,
+        f"spec blocks {blocks} is outside 0 to {c.depth}, the depth of this model":
+            not 0 <= blocks <= c.depth,
+        f"spec where {c.spec_where!r} is not 'first' or 'last'":
+            c.spec_where not in ("first", "last"),
+        f"spec rank {c.spec_rank} must be >= 0 and needs component qkv; spec is {c.spec}":
+            c.spec_rank < 0 or (c.spec_rank and "qkv" not in c.spec),
+        f"attention {c.attn!r} is not 'softmax' or 'entmax15'":
+            c.attn not in ("softmax", "entmax15"),
+        f"{c.registers} registers: give 0 or more": c.registers < 0,
+        f"registers path {c.registers_path!r} must be 'patch', or 'cls' where there are registers "
+        f"and a spec; here are {c.registers}, spec is {c.spec}": c.registers_path != "patch" and not
+            (c.registers_path == "cls" and c.registers and c.spec),
+        f"{c.class_attn} class-attention blocks are outside 0 to {c.depth - 1}, one less than the "
+        "depth": not 0 <= c.class_attn < c.depth,
+        "class attention keeps [CLS] from patches, nothing is left to specialise; leave out either":
+            c.spec and c.class_attn}
+    for text, found in wrong.items():
+        if found:
+            raise ValueError(text)
+    return replace(c, spec_blocks=blocks if {"qkv", "proj", "mlp"} & set(c.spec) else 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,30 +120,32 @@ def check_spec(spec, blocks: int | None, depth: int, where: str, rank: int) -> N
 
 
 class Fork(torch.autograd.Function):
-    """x (B, T, D) -> x and a copy of its [CLS] row. The gradient of a slice would be a (B, T, D) of
-    zeros around one row; here the row is added into the gradient that the layer has just made."""
+    """x (B, T, D) -> x and a copy of its first rows. The gradient of a slice would be a (B, T, D)
+    of zeros around them; here they are added into the gradient that the layer has just made."""
 
     @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x), x[:, :1].clone()
+    def forward(ctx, x, rows):
+        ctx.rows = rows
+        return x.view_as(x), x[:, :rows].clone()
 
     @staticmethod
     def backward(ctx, grad, grad_cls):
-        grad[:, :1] += grad_cls
-        return grad
+        grad[:, : ctx.rows] += grad_cls
+        return grad, None
 
 
 class Specialised(nn.Module):
-    """[CLS] passes `cls`, every other token passes `patch`; both start as copies of one layer.
+    """The first rows, [CLS] or [CLS] and registers, pass `cls`, every other token passes `patch`;
+    both start as copies of one layer.
 
-    All tokens pass `patch` in one call and row 0 is then overwritten, which costs one copy of the
-    gradient: a ViT-S took 1 to 3 % longer for it on a CPU, and 8 % with two slices and a cat.
+    All tokens pass `patch` in one call and the rows are then overwritten, which costs one copy of
+    the gradient: a ViT-S took 1 to 3 % longer for it on a CPU, and 8 % with two slices and a cat.
     rank > 0 (linear layers): W_cls = W_patch + up down, `up` = 0 at first (LoRA, arXiv 2106.09685).
     """
 
-    def __init__(self, layer: nn.Module, rank: int = 0):
+    def __init__(self, layer: nn.Module, rows: int = 1, rank: int = 0):
         super().__init__()
-        self.rank = rank
+        self.rows, self.rank = rows, rank
         self.patch = layer
         if rank:
             with torch.random.fork_rng(devices=[]):  # what is built later is as in a plain model
@@ -135,42 +157,41 @@ class Specialised(nn.Module):
             self.cls = copy.deepcopy(layer)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D')
-        x, x_cls = Fork.apply(x)
-        y = self.patch(x)
-        y[:, :1] = y[:, :1] + self.cls(x_cls) if self.rank else self.cls(x_cls)
+        x, x_cls = Fork.apply(x, self.rows)
+        y, rows = self.patch(x), slice(self.rows)
+        y[:, rows] = y[:, rows] + self.cls(x_cls) if self.rank else self.cls(x_cls)
         return y
 
 
-def specialize(model: "ViT", spec, blocks: int | None = None, where: str = "first",
-               rank: int = 0) -> "ViT":
+def specialize(model: "ViT", spec, blocks: int | None = None, where: str = "first", rank: int = 0,
+               registers_path: str = "patch") -> "ViT":
     """Give a plain model, new or trained, separate [CLS] and patch weights, in place; returns it.
 
     spec: names from COMPONENTS; blocks: how many blocks get qkv, proj and mlp (None: a third of the
-    depth), from the `first` or the `last` one. The copies start equal: outputs do not change.
+    depth), from the `first` or the `last` one; registers_path: whose weights registers pass. The
+    copies start equal: outputs do not change.
     """
     if model.config.spec:
         raise ValueError(f"this model has {', '.join(model.config.spec)} already; give a plain one")
-    spec, depth = tuple(spec), len(model.blocks)
-    check_spec(spec, blocks, depth, where, rank)
-    blocks = depth // 3 if blocks is None else blocks
-    blocks = blocks if {"qkv", "proj", "mlp"} & set(spec) else 0
+    c = checked(replace(model.config, spec=tuple(spec), spec_blocks=blocks, spec_where=where,
+                        spec_rank=rank, registers_path=registers_path))
+    model.config, first = c, 0 if where == "first" else c.depth - c.spec_blocks
+    rows = 1 + (c.registers if registers_path == "cls" else 0)
     for i, block in enumerate(model.blocks):
         if "norms" in spec:
-            block.norm1, block.norm2 = Specialised(block.norm1), Specialised(block.norm2)
-            if model.config.layerscale:
-                block.ls1, block.ls2 = Specialised(block.ls1), Specialised(block.ls2)
-        if not (i < blocks if where == "first" else i >= depth - blocks):
+            names = ("norm1", "norm2", "ls1", "ls2") if c.layerscale else ("norm1", "norm2")
+            for name in names:
+                setattr(block, name, Specialised(getattr(block, name), rows))
+        if not first <= i < first + c.spec_blocks:
             continue
         if "qkv" in spec:
-            block.attn.qkv = Specialised(block.attn.qkv, rank)
+            block.attn.qkv = Specialised(block.attn.qkv, rows, rank)
         if "proj" in spec:
-            block.attn.proj = Specialised(block.attn.proj)
+            block.attn.proj = Specialised(block.attn.proj, rows)
         if "mlp" in spec:
-            block.mlp = Specialised(block.mlp)
+            block.mlp = Specialised(block.mlp, rows)
     if "final" in spec:
-        model.norm = Specialised(model.norm)
-    model.config = replace(model.config, spec=spec, spec_blocks=blocks, spec_where=where,
-                           spec_rank=rank)
+        model.norm = Specialised(model.norm, rows)
     return model
 
 
@@ -189,19 +210,75 @@ class PatchEmbed(nn.Module):
         return self.proj(img).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens: the place where [CLS] and patches meet."""
+class Entmax15(torch.autograd.Function):
+    """p = max(x / 2 - tau, 0)^2 along the last dimension, tau such that each row sums to 1: like
+    softmax, but a score well below the largest gets exactly 0 (arXiv 1905.05702).
 
-    def __init__(self, width: int, heads: int):
+    With g = sqrt(p): |g| = 1 is solved for tau by Newton's method. |max(x / 2 - tau, 0)| is convex
+    and falls, so from max(x / 2) - 1, where it is 1 or more, every step stays on that side. After
+    2 + log4(T) steps the worst row of T scores that a search found was 3e-7 off.
+    Backward: dx = g dp - g sum(g dp) / sum(g).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        z = x if x.dtype == torch.float64 else x.float()
+        z = (z - z.amax(-1, keepdim=True)) / 2
+        tau = -1.0
+        for _ in range(2 + math.ceil(math.log2(x.shape[-1]) / 2)):
+            g = (z - tau).clamp_(min=0)
+            norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+            tau = tau + norm * (norm - 1) / g.sum(-1, keepdim=True)
+        p = (z - tau).clamp_(min=0).square_().to(x.dtype)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, dp: Tensor):
+        g = ctx.saved_tensors[0].to(torch.promote_types(dp.dtype, torch.float32)).sqrt()
+        dx = g * dp
+        dx = dx - g * (dx.sum(-1, keepdim=True) / g.sum(-1, keepdim=True))
+        return dx.to(dp.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens: the place where [CLS] and patches meet.
+
+    Attention bias: every query can also turn to a learnt key, the same in all pictures, and gets a
+    learnt value for it, both (1, H, 1, d) (Sun et al., Massive Activations, arXiv 2402.17762).
+    """
+
+    def __init__(self, c: Config):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads, self.kind = c.heads, c.attn
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.proj = nn.Linear(c.width, c.width)
+        if c.attn_bias:
+            self.bias_k, self.bias_v = (
+                nn.Parameter(torch.zeros(1, c.heads, 1, c.width // c.heads)) for _ in "kv")
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """Tokens (B, T, D) -> q, k, v, each (B, T, D)."""
+        return self.qkv(x).chunk(3, dim=-1)
+
+    def queries_keys_values(self, x: Tensor) -> list[Tensor]:
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in self.project(x))
+        if hasattr(self, "bias_k"):  # in front: T + 1 keys and values
+            k, v = (torch.cat([bias.to(y.dtype).expand(len(y), -1, -1, -1), y], dim=2)
+                    for bias, y in ((self.bias_k, k), (self.bias_v, v)))
+        return [q, k, v]
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """(B, H, T, d), (B, H, T', d) -> attention (B, H, T, T'), rows sum to 1."""
+        scores = q @ (k * k.shape[-1] ** -0.5).mT
+        return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in qkv)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, d)
+        q, k, v = self.queries_keys_values(x)
+        if self.kind == "entmax15":
+            out = self.weights(q, k) @ v  # (B, H, T, d)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -229,10 +306,12 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
+    attention = Attention
+
     def __init__(self, c: Config):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.width, eps=1e-6)
-        self.attn = Attention(c.width, c.heads)
+        self.attn = self.attention(c)
         self.ls1 = LayerScale(c.width, c.layerscale) if c.layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(c.width, eps=1e-6)
         self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio))
@@ -244,21 +323,46 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
+class ClassAttention(Attention):
+    """Only [CLS] asks: (B, T, D) -> (B, 1, D)."""
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        (w, *ws), (b, *bs) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        kv = F.linear(x, torch.cat(ws), torch.cat(bs))
+        return [F.linear(x[:, :1], w, b), *kv.chunk(2, dim=-1)]
+
+
+class ClassBlock(Block):
+    """CaiT's class-attention block (arXiv 2103.17239): only [CLS] is updated."""
+
+    attention = ClassAttention
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = x[:, :1] + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        cls = cls + self.drop_path(self.ls2(self.mlp(self.norm2(cls))))
+        return torch.cat([cls, x[:, 1:]], dim=1)
+
+
 class ViT(nn.Module):
     """Pictures to tokens. Built plain, then specialised as the config says, so that a plain and a
     specialised model of one seed start from the same weights."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        c = self.config = replace(cfg, spec=(), spec_blocks=0, spec_where="first", spec_rank=0)
+        c = self.config = replace(cfg, spec=(), spec_blocks=0, spec_where="first", spec_rank=0,
+                                  registers_path="patch")
         grid = c.image_size // c.patch
         self.checkpointing = False  # recompute blocks in the backward pass instead of keeping them
         self.patch_embed = PatchEmbed(c.patch, c.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.mask_token = nn.Parameter(torch.zeros(1, c.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, c.width))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.join = c.depth - c.class_attn if c.class_attn else 0  # [CLS] is there from this block
+        kinds = [Block] * (c.depth - c.class_attn) + [ClassBlock] * c.class_attn
+        self.blocks = nn.ModuleList(kind(c) for kind in kinds)
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        if c.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -268,8 +372,12 @@ class ViT(nn.Module):
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=std)
                 nn.init.zeros_(m.bias)
+        for name, p in self.named_parameters():  # last, so that all else is as without them
+            if name.endswith(("register_tokens", "bias_k", "bias_v")):
+                nn.init.normal_(p, std=1e-6 if name == "register_tokens" else 0.02)
         if cfg.spec:
-            specialize(self, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank)
+            specialize(self, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
+                       cfg.registers_path)
 
     def positions(self, h: int, w: int) -> Tensor:
         """pos_embed for h x w patches, (1, 1 + h w, D): bicubic if the grid is not the native one.
@@ -289,14 +397,9 @@ class ViT(nn.Module):
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
         return torch.cat([cls, rearrange(patches, "1 c h w -> 1 (h w) c").to(cls.dtype)], dim=1)
 
-    def forward(self, img: Tensor, mask: Tensor | None = None,
-                layer: int | None = None) -> dict[str, Tensor]:
-        """img: (B, 3, h p, w p), normalised pictures; mask: (B, N) bool, True hides a patch.
-
-        layer: go through this many blocks; None: through all. Returns the tokens after the final
-        norm: cls (B, D), patches (B, N, D).
-        Raises ValueError if a side is not a multiple of the patch p.
-        """
+    def embed(self, img: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures -> what enters the blocks: [CLS] (B, 1, D), registers and patches (B, R + N, D).
+        Arguments and errors as in `forward`."""
         p = self.config.patch
         if img.shape[-2] % p or img.shape[-1] % p:
             raise ValueError(f"picture of {img.shape[-2]} x {img.shape[-1]} px: both sides must be "
@@ -304,15 +407,34 @@ class ViT(nn.Module):
         x = self.patch_embed(img)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, T, D)
-        x = x + self.positions(img.shape[-2] // p, img.shape[-1] // p)
-        for block in self.blocks[:layer]:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        x = self.norm(x)
-        return {"cls": x[:, 0], "patches": x[:, 1:]}
+        positions = self.positions(img.shape[-2] // p, img.shape[-1] // p)
+        x = x + positions[:, 1:]
+        if self.config.registers:
+            x = torch.cat([self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return (self.cls_token + positions[:, :1]).to(x.dtype).expand(len(x), -1, -1), x
+
+    def forward(self, img: Tensor, mask: Tensor | None = None,
+                layer: int | None = None) -> dict[str, Tensor]:
+        """img: (B, 3, h p, w p), normalised pictures; mask: (B, N) bool, True hides a patch.
+
+        layer: go through this many blocks; None: through all. Returns the tokens after the final
+        norm: cls (B, D), registers (B, R, D), patches (B, N, D).
+        Raises ValueError if a side is not a multiple of the patch p.
+        """
+        cls, x = self.embed(img, mask)
+        last = len(self.blocks) if layer is None else layer
+        for i in range(min(self.join, last)):  # CaiT: patches by themselves
+            x = self.step(self.blocks[i], x)
+        x = torch.cat([cls, x], dim=1)  # (B, T, D)
+        for i in range(self.join, last):
+            x = self.step(self.blocks[i], x)
+        x, r = self.norm(x), 1 + self.config.registers
+        return {"cls": x[:, 0], "registers": x[:, 1:r], "patches": x[:, r:]}
+
+    def step(self, block: Block, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,6 +452,8 @@ def parameters_by_component(model: ViT) -> dict[str, int]:
             key = "final norm"
         elif not name.startswith("blocks."):
             key = "embeddings"
+        elif ".bias_" in name:  # attention bias
+            key = "qkv"
         else:
             key = next((k for k in ("qkv", "proj", "mlp") if f".{k}." in name), "norms")
         table[key] += p.numel()
@@ -342,31 +466,124 @@ def flops(c: Config, h: int, w: int) -> int:
     Specialised or not makes no difference, but for the low-rank update of spec_rank.
     """
     n = (h // c.patch) * (w // c.patch)
-    t = 1 + n
-    linear = 2 * t * c.width**2 * (4 + 2 * c.mlp_ratio)  # qkv 3, proj 1, mlp 2 x ratio
-    attention = 2 * 2 * t * t * c.width  # q k and p v
-    low_rank = c.spec_blocks * 2 * c.spec_rank * 4 * c.width
-    return int(2 * n * 3 * c.patch**2 * c.width + c.depth * (linear + attention) + low_rank)
+    t, hidden = 1 + c.registers + n, int(c.width * c.mlp_ratio)
+
+    def block(queries, keys):  # q, proj and the MLP of queries; k and v of keys; q k and p v
+        linear = queries * (2 * c.width + 2 * hidden) + keys * 2 * c.width
+        return 2 * c.width * (linear + 2 * queries * (keys + c.attn_bias))
+
+    early = t - 1 if c.class_attn else t  # CaiT: without [CLS]
+    blocks = (c.depth - c.class_attn) * block(early, early) + c.class_attn * block(1, t)
+    rows = 1 + c.registers * (c.registers_path == "cls")
+    low_rank = c.spec_blocks * 2 * rows * c.spec_rank * 4 * c.width
+    return 2 * n * 3 * c.patch**2 * c.width + blocks + low_rank
 
 
-def load(path, network: str = "teacher") -> ViT:
-    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both
-    were at step 0; on the CPU, eval mode."""
+def read(path) -> dict:
+    """What torch.save put into a file, on the CPU. ValueError: missing or unreadable."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
-        if network == "untrained":
-            torch.manual_seed(state["args"]["seed"])
-            return ViT(cfg).eval()
-        parts = ((name.partition("backbone."), value) for name, value in state[network].items())
-        weights = {name: value for (_, found, name), value in parts if found}
-        model = ViT(cfg)
-        model.load_state_dict(weights)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its flags so
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it is a {type(state).__name__}, not a dict")
+        return state
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}; train one with: python train.py") from None
     except Exception as err:
         why = str(err).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint that torch can load ({why}); save weights with "
+                         "torch.save(model.state_dict(), path)") from None
+
+
+def load(path, network: str = "teacher") -> ViT:
+    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both
+    were at step 0; or the one of public weights (`load_weights`). On the CPU, in eval mode."""
+    state = read(path)
+    if "width" not in state.get("model", ()):
+        if network == "untrained":
+            raise ValueError(f"{path} holds public weights: nobody knows its untrained network")
+        return load_weights(path, network)
+    try:
+        cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
+        if network == "untrained":
+            torch.manual_seed(state["args"]["seed"])
+            return start(cfg, state["args"].get("init")).eval()
+        parts = ((name.partition("backbone."), value) for name, value in state[network].items())
+        weights = {name: value for (_, found, name), value in parts if found}
+        model = ViT(cfg)
+        model.load_state_dict(weights)
+    except Exception as err:
+        why = str(err).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
+    return model.eval()
+
+
+def start(cfg: Config, init: str | None = None) -> ViT:
+    """A network at step 0: new, or with the weights in the file `init` (of cfg's shape), and then
+    specialised as cfg says."""
+    if not init:
+        return ViT(cfg)
+    given = load(init)
+    model = ViT(replace(given.config, drop_path=cfg.drop_path))
+    model.load_state_dict(given.state_dict())
+    if cfg.spec == given.config.spec:
+        return model
+    return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
+                      cfg.registers_path)
+
+
+HEADS = ("head.", "head_dist.", "dino_head.", "ibot_head.", "linear_head.")  # not ours to load
+
+
+def load_weights(source, network: str = "teacher", pos_antialias: bool | None = None) -> ViT:
+    """The ViT of public weights, plain, its shape read off them: DINO's, DINOv2's with or without
+    registers, DeiT-III's, or timm's of the same. On the CPU, in eval mode.
+
+    source: a file, or a state dict; both may be of a whole training, with `network` ("teacher" or
+    "student") inside. Heads are left out. pos_antialias: see ViT.positions; None: as the weights'
+    own code does (timm's DINO v1 looks like DINO's own: give True). Heads are 64 wide in all.
+    Raises ValueError with every key that is left over or missing.
+    """
+    where = "these weights" if isinstance(source, dict) else str(source)
+    state = source if isinstance(source, dict) else read(source)
+    for key in (network, "model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    other = "student." if network == "teacher" else "teacher."
+    s, names = {}, set(state)
+    for name, value in state.items():
+        name = re.sub(rf"^(module\.|_orig_mod\.|{network}\.|backbone\.)*", "", name)
+        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # DINOv2 in chunks for FSDP
+        name = re.sub(r"gamma_([12])$", r"ls\1.gamma", name)  # DeiT-III
+        if not name.startswith((*HEADS, other)):
+            s["register_tokens" if name == "reg_token" else name] = value
+    wanted = "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
+    if missing := [name for name in wanted if name not in s]:
+        raise ValueError(f"{where}: no {', '.join(missing)}, so neither a checkpoint of train.py nor "
+                         "a ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III or timm; it has "
+                         f"{', '.join(sorted(map(str, names))[:3])} ...")
+    width, n = s["cls_token"].shape[-1], s["pos_embed"].shape[1]
+    if math.isqrt(n) ** 2 == n:  # none for [CLS]
+        s["pos_embed"] = F.pad(s["pos_embed"], (0, 0, 1, 0))
+    scale = "blocks.0.ls1.gamma" in s
+    if pos_antialias is None:
+        timm_v2 = scale and "mask_token" not in s and not any("gamma_1" in k for k in names)
+        pos_antialias = "register_tokens" in s or timm_v2
+    s.setdefault("mask_token", torch.zeros(1, width))  # only DINOv2 has one
+    patch = s["patch_embed.proj.weight"].shape[-1]
+    model = ViT(Config(
+        width=width, heads=max(width // 64, 1), patch=patch, pos_antialias=pos_antialias,
+        depth=1 + max(int(k.split(".")[1]) for k in s if k.startswith("blocks.")),
+        image_size=patch * math.isqrt(n), layerscale=1e-5 if scale else 0.0,
+        mlp_ratio=len(s["blocks.0.mlp.fc1.weight"]) / width,
+        registers=s["register_tokens"].shape[1] if "register_tokens" in s else 0))
+    ours = model.state_dict()
+    wrong = [f"{k} is left over" for k in s.keys() - ours]
+    wrong += [f"{k} is missing" for k in ours.keys() - s]
+    wrong += [f"{k} has shape {tuple(s[k].shape)}, not {tuple(ours[k].shape)}"
+              for k in ours.keys() & s if s[k].shape != ours[k].shape]
+    if wrong:
+        raise ValueError(f"{where}: {'; '.join(sorted(wrong))}")
+    model.load_state_dict(s)
     return model.eval()
 
 

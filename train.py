@@ -84,6 +84,10 @@ SCALES = {
 }
 
 
+SHAPE = "size", "patch", "layerscale", "mlp_ratio", "registers", "attn", "attn_bias", "class_attn"
+SPEC = "spec", "spec_blocks", "spec_where", "spec_rank", "registers_path"
+
+
 def parse(argv) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -105,6 +109,7 @@ def parse(argv) -> argparse.Namespace:
     group("what to run",
           ("recipe", "dinov2", "losses and their defaults", list(RECIPES)),
           ("scale", "small" if cuda else "nano", "size of everything", list(SCALES)),
+          ("init", None, "start from these weights: a run's last.pt, or public ones", str),
           ("data", "scenes", "'scenes', a folder of pictures, or a text file with a path a line"),
           ("out", None, "run folder; default: runs/RECIPE-SCALE-SPEC-sSEED", str),
           ("seed", 0, "of weights, order of pictures, views and masks"),
@@ -114,10 +119,16 @@ def parse(argv) -> argparse.Namespace:
     group("model",
           ("size", "small", "width, depth and heads", list(clsspec.SIZES)),
           ("patch", None, "side of a patch, pixels; default: the size's", int),
+          ("mlp-ratio", 4.0, "hidden width of the MLP / width"),
+          ("registers", 0, "number of register tokens"),
+          ("attn", "softmax", "normalisation of attention", ["softmax", "entmax15"]),
+          ("attn-bias", False, "a learnable key and value for every head"),
+          ("class-attn", 0, "CaiT: the last blocks are class-attention, this many"),
           ("spec", "", f"comma list of specialised components: {','.join(clsspec.COMPONENTS)}"),
           ("spec-blocks", None, "how many blocks get qkv, proj, mlp; default: depth // 3", int),
           ("spec-where", "first", "the first or the last blocks", ["first", "last"]),
           ("spec-rank", 0, "rank of [CLS]'s update of qkv; 0: a full copy"),
+          ("registers-path", "patch", "whose weights registers pass", ["patch", "cls"]),
           ("drop-path", 0.0, "stochastic depth: chance to skip a branch"),
           ("layerscale", 0.0, "start of LayerScale; 0: none"))
     group("pictures and views",
@@ -179,6 +190,9 @@ def parse(argv) -> argparse.Namespace:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             p.error(f"argument --{flag}: must be 1 or more, not {getattr(args, name)}")
+    for name in SHAPE if args.init else ():
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
     args.spec = tuple(filter(None, args.spec.split(",")))
     name = "-".join(args.spec) or "plain"
     args.out = Path(args.out or f"runs/{args.recipe}-{args.scale}-{name}-s{args.seed}")
@@ -474,11 +488,16 @@ class Network(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        cfg = clsspec.config(
-            args.size, args.spec_blocks, image_size=args.image_size, drop_path=args.drop_path,
-            layerscale=args.layerscale, spec=args.spec, spec_where=args.spec_where,
-            spec_rank=args.spec_rank, **({"patch": args.patch} if args.patch else {}))
-        self.backbone = clsspec.ViT(cfg)
+        spec = {k: getattr(args, k) for k in SPEC}
+        if args.init:
+            given = clsspec.load(args.init).config
+            spec = {} if given.spec and not args.spec else spec
+            cfg = clsspec.checked(replace(given, drop_path=args.drop_path, **spec))
+        else:
+            shape = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
+            cfg = clsspec.config(**shape, **spec, image_size=args.image_size,
+                                 drop_path=args.drop_path)
+        self.backbone = clsspec.start(cfg, args.init)
         self.backbone.checkpointing = args.checkpointing
         self.backbone.mask_token.requires_grad = args.ibot > 0
         shape = args.prototypes, args.head_layers, args.hidden, args.head_norm
@@ -640,6 +659,7 @@ def describe(args, network: Network, ranks: int) -> None:
     """What a run would do, without doing it: --dry-run."""
     vit, cfg = network.backbone, network.backbone.config
     table = clsspec.parameters_by_component(vit)
+    copies = table["[CLS] copies"] / (2 * cfg.depth * cfg.width**2)
     heads = sum(p.numel() for p in network.parameters()) - table["total"]
     one, local = (clsspec.flops(cfg, s, s) for s in (args.image_size, args.local_size))
     # A backward pass costs two forward ones; the teacher has none and sees the global views only.
@@ -654,6 +674,8 @@ def describe(args, network: Network, ranks: int) -> None:
     warmup, batch = int(args.warmup * args.steps), args.batch_size * ranks
     for name, count in (table | {f"heads, K = {args.prototypes}": heads}).items():
         print(f"  {name:18}{count / 1e6:10.3f} M parameters")
+    if cfg.spec:
+        print(f"  plain, with as many parameters: --mlp-ratio {cfg.mlp_ratio + copies:.3f}")
     print(f"  one picture       {one / 1e9:10.2f} GFLOPs forward at {args.image_size} px; "
           f"{trained / 1e9:.1f} in training, all its views, without heads")
     print(f"  global batch      {batch:10} pictures = {args.batch_size} x {ranks} process(es); "
@@ -669,9 +691,11 @@ def describe(args, network: Network, ranks: int) -> None:
 def prepare(args, student: Network, ranks: int) -> Folder | None:
     """Refuse what cannot run, before anything is written; returns the folder, None for Scenes."""
     patch = student.backbone.config.patch
-    if args.local_crops and args.local_size % patch:
-        raise ValueError(f"--local-size {args.local_size} is no multiple of the patch, {patch} px; "
-                         f"try {max(args.local_size // patch, 1) * patch}")
+    local_size = args.local_size if args.local_crops else 0
+    for flag, side in ("image", args.image_size), ("local", local_size):
+        if side % patch:
+            raise ValueError(f"--{flag}-size {side} is no multiple of the patch, {patch} px; try "
+                             f"{max(side // patch, 1) * patch}")
     if args.koleo and args.batch_size < 2:
         raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
                          "or --koleo 0")

@@ -214,7 +214,7 @@ def test_runs_are_never_overwritten_or_mixed_by_accident(tmp_path):
     assert same(torch.load(tmp_path / "a/last.pt", weights_only=True)["student"], before["student"])
     torch.save({"something": 1}, tmp_path / "a/last.pt")
     assert "not a checkpoint of train.py" in error("--out", tmp_path / "a", "--steps", 2, "--resume")
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+    with pytest.raises(ValueError, match="neither a checkpoint of train.py nor a ViT"):
         clsspec.load(tmp_path / "a/last.pt")
     assert run(tmp_path / "a", "--overwrite", "--steps", 1)["step"] == 1
 

@@ -558,9 +558,9 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
             s["register_tokens" if name == "reg_token" else name] = value
     wanted = "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
     if missing := [name for name in wanted if name not in s]:
-        raise ValueError(f"{where}: no {', '.join(missing)}, so neither a checkpoint of train.py nor "
-                         "a ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III or timm; it has "
-                         f"{', '.join(sorted(map(str, names))[:3])} ...")
+        raise ValueError(f"{where}: no {', '.join(missing)}, so neither a checkpoint of train.py "
+                         "nor a ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III or timm; it "
+                         f"has {', '.join(sorted(map(str, names))[:3])} ...")
     width, n = s["cls_token"].shape[-1], s["pos_embed"].shape[1]
     if math.isqrt(n) ** 2 == n:  # none for [CLS]
         s["pos_embed"] = F.pad(s["pos_embed"], (0, 0, 1, 0))

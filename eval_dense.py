@@ -1036,9 +1036,9 @@ def versions() -> dict[str, str]:
             "torchvision": torchvision.__version__}
 
 
-def record(folder: Path, key: str, result: dict) -> None:
-    """Write a result to the folder's eval.json; what is there under other names stays."""
-    file, beside = folder / "eval.json", folder / "eval.json.tmp"
+def record(file: Path, key: str, result: dict) -> None:
+    """Write a result to a JSON file; what is there under other names stays."""
+    beside = file.with_suffix(".tmp")
     try:
         results = json.loads(file.read_text()) if file.exists() else {}
     except ValueError:
@@ -1132,7 +1132,7 @@ def run(args) -> None:
         result, stats, shots = evaluate(model, args.data, args.root, replace(p, **changed),
                                         args.workers, args.save_pictures)
         print(f"{name}: {key}, {result['seconds']:.0f} s\n  {line(result)}")
-        record(path.parent, key, result)
+        record(path.parent / "eval.json", key, result)
         if shots:
             file = path.parent / f"{key.replace(' ', '-')}.png"
             sheet(file, shots, len(result.get("iou", ())))

@@ -659,7 +659,7 @@ def describe(args, network: Network, ranks: int) -> None:
     """What a run would do, without doing it: --dry-run."""
     vit, cfg = network.backbone, network.backbone.config
     table = clsspec.parameters_by_component(vit)
-    copies = table["[CLS] copies"] / (2 * cfg.depth * cfg.width**2)
+    wider = table["[CLS] copies"] / (cfg.depth * cfg.width * (2 * cfg.width + 1))
     heads = sum(p.numel() for p in network.parameters()) - table["total"]
     one, local = (clsspec.flops(cfg, s, s) for s in (args.image_size, args.local_size))
     # A backward pass costs two forward ones; the teacher has none and sees the global views only.
@@ -675,7 +675,7 @@ def describe(args, network: Network, ranks: int) -> None:
     for name, count in (table | {f"heads, K = {args.prototypes}": heads}).items():
         print(f"  {name:18}{count / 1e6:10.3f} M parameters")
     if cfg.spec:
-        print(f"  plain, with as many parameters: --mlp-ratio {cfg.mlp_ratio + copies:.3f}")
+        print(f"  plain, with as many parameters: --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     print(f"  one picture       {one / 1e9:10.2f} GFLOPs forward at {args.image_size} px; "
           f"{trained / 1e9:.1f} in training, all its views, without heads")
     print(f"  global batch      {batch:10} pictures = {args.batch_size} x {ranks} process(es); "
@@ -865,7 +865,7 @@ def final_table(args) -> None:
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
         protocol = replace(eval_dense.PROTOCOLS["scenes"], tasks=eval_dense.DENSE)
         result = eval_dense.evaluate(model, p=protocol)[0]
-        eval_dense.record(args.out, f"{name} scenes tasks=seg,depth", result)
+        eval_dense.record(args.out / "eval.json", f"{name} scenes tasks=seg,depth", result)
         print(f"  {name:20} {result['miou']:7.2f} {result['rmse']:14.3f}")
 
 

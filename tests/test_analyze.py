@@ -1,0 +1,401 @@
+"""Every number against a case made by hand, where the answer is known; then the commands."""
+
+import importlib.util
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+import analyze
+import clsspec
+import train
+from analyze import POINTS, Step, survey, walk
+from conftest import QUICK
+from test_clsspec import TINY, vit
+from test_variants import VARIANTS
+
+
+def step(x=None, attention=None, first=1, cls=True, bias=0, grid=(2, 2)):
+    """A Step with the same tokens x (B, T, D) everywhere."""
+    x = torch.zeros(1, first + grid[0] * grid[1], 4) if x is None else x
+    return Step({p: x for p in POINTS}, x, x, attention, first, cls, bias, grid)
+
+
+# --- the walk ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS.values(), dict(spec=("norms", "qkv"), registers=2, registers_path="cls")])
+def test_the_walk_is_the_forward_pass(changes):
+    model, img = vit(**changes), torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    steps, out = list(walk(model, img)), model(img)
+    assert len(steps) == 4 and steps[-1].attention is None and steps[0].grid == (3, 5)
+    torch.testing.assert_close(steps[-1].out[:, 0], out["cls"], atol=1e-9, rtol=0)
+    torch.testing.assert_close(steps[-1].out[:, steps[-1].first:], out["patches"], atol=1e-9, rtol=0)
+    for i, s in enumerate(steps[:3]):
+        early = model(img, layer=i + 1)
+        torch.testing.assert_close(s.final[:, s.first:], early["patches"], atol=1e-9, rtol=0)
+        assert s.cls == (i >= model.join) and s.bias == model.config.attn_bias
+        torch.testing.assert_close(s.attention.sum(-1), torch.ones_like(s.attention[..., 0]), atol=1e-9, rtol=0)
+        before, branch, after = (s.points[p] for p in ("before norm", "attention", "after attention"))
+        n = branch.shape[1]
+        assert n == (1 if s.cls and changes.get("class_attn") else before.shape[1])
+        torch.testing.assert_close(after, torch.cat([before[:, :n] + branch, before[:, n:]], 1))
+        assert torch.equal(s.points["after norm"], model.blocks[i].norm1(before))
+
+
+def disjoint():
+    """A model whose [CLS] lives on dimensions 0 to 15, patches on 16 to 31, and whose blocks add nothing."""
+    model = vit().float()
+    with torch.no_grad():
+        for block in model.blocks:
+            for p in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters(), block.norm1.bias):
+                p.zero_()
+            block.norm1.weight.fill_(2.0)
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+        model.cls_token.zero_()[..., :16] = torch.tensor([1.0, -1.0]).repeat(8)  # mean 0: the norm shifts nothing
+        model.pos_embed.zero_()[:, 1:, 16:] = torch.tensor([3.0, -3.0]).repeat(8)
+    return model
+
+
+def test_a_model_of_disjoint_dimensions():
+    model, img = disjoint(), torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    kept = survey(model, img, [analyze.cosines, analyze.dimensions], batch=2)
+    c = analyze.means(kept["cosines"])
+    assert len(c["before norm cls_patch"]) == 4 and len(c["attention cls_patch"]) == 3
+    for point in ("before norm", "after norm", "after attention"):
+        assert c[f"{point} cls_patch"][0] == pytest.approx(0, abs=1e-6)
+        assert c[f"{point} patch_patch"][0] == pytest.approx(1, abs=1e-6)
+    assert all(v.shape == (5,) for v in kept["cosines"]["before norm cls_patch"])
+    d = analyze.dimension_numbers(model, kept["dimensions"])
+    assert d["before norm overlap"][:3] == pytest.approx([0] * 3, abs=1e-6)
+    assert d["before norm cls"][0] == pytest.approx([1.0] * 16 + [0.0] * 16)
+    assert d["before norm patch"][0] == pytest.approx([0.0] * 16 + [3.0] * 16)
+    norm = 2 / 0.5**0.5  # gain 2, standard deviation sqrt(1 / 2)
+    assert d["after norm patch"][0] == pytest.approx([0.0] * 16 + [norm] * 16, abs=1e-4)
+    assert d["gains_cosine"][:3] == pytest.approx([1] * 3)
+    assert d["cls gain on cls dims"][0] == d["patch gain on cls dims"][0] == 2.0
+    clsspec.specialize(model, ("norms",))
+    with torch.no_grad():
+        model.blocks[0].norm1.cls.weight[:16] = 5.0
+        model.blocks[0].norm1.patch.weight[:16] = 0.0
+    d = analyze.dimension_numbers(model, survey(model, img, [analyze.dimensions])["dimensions"])
+    expected = {"cls gain on cls dims": 5, "cls gain on patch dims": 2, "patch gain on cls dims": 0,
+                "patch gain on patch dims": 2, "gains_cosine": 64 / math.sqrt(16 * 29 * 64)}
+    assert {k: d[k][0] for k in expected} == pytest.approx(expected)
+
+
+# --- one number at a time ----------------------------------------------------------------------------
+
+
+def test_cosines_of_tokens_with_given_angles():
+    cls = [2.0, 0, 0, 0]
+    patches = [[0.6, 0.8, 0, 0], [0.6, -0.8, 0, 0], [0, 0, 5, 0], [1, 0, 0, 0]]
+    kept = analyze.cosines(step(torch.tensor([[cls, [9.0, 9, 9, 9], *patches]]), first=2))  # a register: not counted
+    assert kept["before norm cls_patch"].tolist() == pytest.approx([(0.6 + 0.6 + 0 + 1) / 4])
+    pairs = [0.36 - 0.64, 0, 0.6, 0, 0.6, 0]
+    assert kept["attention patch_patch"].tolist() == pytest.approx([sum(pairs) / 6])
+    without = analyze.cosines(step(torch.tensor([[cls, [9.0, 9, 9, 9], *patches]]), first=2, cls=False))
+    assert without["before norm cls_patch"].isnan().all()
+
+
+def test_overlap_by_hand():
+    assert analyze.overlap(torch.tensor([3.0, 1, 0]), torch.tensor([2.0, 0, 2])) == pytest.approx(0.5)
+    assert analyze.overlap(torch.tensor([3.0, 1]), torch.tensor([6.0, 2])) == pytest.approx(1)
+
+
+def test_outliers_of_patch_norms():
+    x = torch.ones(2, 1 + 9, 4)  # norm 2
+    x[0, 1] = 50  # row 0, column 0
+    x[1, 1 + 4] = 3.1  # the middle
+    x[1, 1 + 5] = 2.9  # row 1, column 2: below three medians
+    x[:, 0] = 1000  # [CLS] does not count
+    kept = analyze.norms(step(x, torch.zeros(0), grid=(3, 3)))
+    assert kept["norm"].shape == (2, 9)
+    n = analyze.norm_numbers({"norm": [kept["norm"]]}, (3, 3))
+    assert n["median"] == [2.0] and n["largest"] == [100.0]
+    assert n["outliers"] == pytest.approx([100 * 2 / 18]) and n["on_border"] == pytest.approx([50])
+    assert n["map"] == [[[50, 0, 0], [0, 50, 0], [0, 0, 0]]]
+    none = analyze.norm_numbers({"norm": [torch.ones(2, 9)]}, (3, 3))
+    assert none["outliers"] == [0] and math.isnan(none["on_border"][0])
+
+
+def test_attention_that_is_uniform():
+    b = analyze.attention(step(attention=torch.full((2, 3, 7, 8), 1 / 8), first=3, bias=1))
+    a = {k: v.unique().tolist() for k, v in b.items()}
+    assert b["entropy"].shape == (2, 3)
+    corner = (0 + 1 + 1 + math.sqrt(2)) / 4  # of 2 x 2 patches every one is a corner
+    expected = {"entropy": math.log(8), "support": 8, "cls_entropy": math.log(8), "cls_support": 8, "distance": corner,
+                "to_bias": 12.5, "to_cls": 12.5, "to_registers": 25}
+    assert {k: v[0] for k, v in a.items()} == pytest.approx(expected) and all(len(v) == 1 for v in a.values())
+
+
+def test_attention_that_is_one_hot():
+    w = torch.zeros(1, 1, 5, 5)
+    w[0, 0, 0, 1] = 1  # [CLS] to patch (0, 0)
+    w[0, 0, 1, 4] = 1  # patch (0, 0) to patch (1, 1)
+    w[0, 0, 2, 4] = 1  # patch (0, 1) to patch (1, 1)
+    w[0, 0, 3:, 0] = 1  # the others to [CLS]
+    a = {k: v.item() for k, v in analyze.attention(step(attention=w)).items()}
+    assert a == pytest.approx({"entropy": 0, "support": 1, "cls_entropy": 0, "cls_support": 1, "to_bias": 0, "to_cls": 50,
+                               "to_registers": 0, "distance": (math.sqrt(2) + 1) / 2})
+    no_cls = analyze.attention(step(attention=w[:, :, 1:, 1:], first=0, cls=False))
+    assert no_cls["to_cls"].isnan().all() and "cls_entropy" not in no_cls
+
+
+def test_entmax_models_look_at_fewer_keys():
+    img = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    support = {}
+    for kind in ("softmax", "entmax15"):
+        model = vit(attn=kind).float()
+        with torch.no_grad():
+            model.blocks[0].attn.qkv.weight.mul_(5)
+        kept = analyze.means(survey(model, img, [analyze.attention])["attention"])
+        support[kind] = kept["support"][0]
+    assert support["softmax"] == [17.0, 17.0] and max(support["entmax15"]) < 15
+
+
+def test_auc_by_hand():
+    truth = torch.tensor([True, True, False, False, False])
+    assert analyze.auc(torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0]), truth) == pytest.approx((3 + 1.5) / 6)
+
+
+def test_patch_labels_are_the_commonest_class():
+    mask = torch.full((1, 4, 6), 255, dtype=torch.uint8)
+    mask[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
+    mask[0, :2, 2:4] = torch.tensor([[255, 255], [255, 2]])
+    mask[0, 2:, 4:] = 0
+    assert analyze.patch_labels(mask, (2, 3), 3).tolist() == [[1, 2, 255, 255, 255, 0]]
+
+
+def test_foreground_that_is_planted():
+    torch.manual_seed(0)
+    labels = (torch.rand(6, 64) < 0.4).long() * 3 + (torch.rand(6, 64) < 0.5).long()  # 0, 1 behind; 3, 4 in front
+    front = labels >= 3
+    x = 0.1 * torch.randn(6, 64, 8)
+    x[..., 0] += 5 * front  # the first component
+    x[..., 1] += labels % 3 == 1
+    cosine = torch.where(front, 0.9, 0.1)
+    labels[0, :5] = 255
+    n = analyze.foreground_numbers({"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}, labels, 3)
+    assert n["auc_cls"] == [1, 0] and n["auc_pc"][0] == 1 and n["miou"][0] > 99
+    assert 0.5 <= n["auc_pc"][1] < 0.6 and n["miou"][1] < 40
+    one_class = analyze.foreground_numbers({"patches": [x], "cosine": [cosine]}, torch.zeros(6, 64).long(), 3)
+    assert math.isnan(one_class["auc_cls"][0])
+
+
+def test_ridge_tests_on_pictures_it_has_not_seen():
+    labels = torch.arange(2)[:, None].expand(2, 4).contiguous()  # a class is in one half of the pictures only
+    assert analyze.ridge(torch.randn(2, 4, 3), labels, 2) == 0
+
+
+def test_degradation_finds_the_peak(tmp_path):
+    values = [(100, 20.0, 1.9, 30.0), (200, 26.0, 1.5, 31.0), (300, 24.5, 1.6, 35.0)]
+    lines = [{"step": s, "miou": m, "rmse": r, "knn": k} for s, m, r, k in values]
+    lines.insert(1, {"step": 150, "loss": 3.0})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    d = analyze.degradation(tmp_path)
+    assert (d["miou"]["best"], d["miou"]["best_step"], d["miou"]["last"], d["miou"]["lost"]) == (26, 200, 24.5, 1.5)
+    assert d["rmse"]["best"] == 1.5 and d["rmse"]["lost"] == pytest.approx(0.1)  # lower is better
+    assert d["knn"]["lost"] == 0 and d["knn"]["steps"] == [100, 200, 300]
+    with pytest.raises(ValueError, match="no online probe; train with --probe-every"):
+        analyze.degradation(tmp_path / "none")
+
+
+def test_components_are_the_axes_of_largest_variance():
+    torch.manual_seed(0)
+    x = torch.randn(4, 50, 5) * torch.tensor([1.0, 9, 3, 0.1, 0.1]) + 7
+    pc, share = analyze.components(x, 2)
+    for i, axis in enumerate((1, 2)):
+        assert torch.corrcoef(torch.stack([pc[..., i].flatten(), x[..., axis].flatten().double()]))[0, 1].abs() > 0.99
+    assert share == pytest.approx([100 * 81 / 91, 100 * 9 / 91], rel=0.2)
+
+
+def test_colours_have_the_first_models_signs():
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 6) * torch.tensor([9.0, 5, 2, 0.1, 0.1, 0.1])
+    mirrored = -x @ torch.linalg.qr(torch.randn(6, 6))[0]
+    coarse = x.view(3, 2, 2, 2, 2, 6).mean((2, 4)).view(3, 4, 6)
+    a, b, c = analyze.rgb([x, mirrored, coarse], [(4, 4), (4, 4), (2, 2)], False)[0]
+    assert a.shape == b.shape == (3, 3, 4, 4) and c.shape == (3, 3, 2, 2) and a.min() == 0 and a.max() == 1
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    red = torch.nn.functional.avg_pool2d(a, 2)[:, 0].flatten()
+    assert torch.corrcoef(torch.stack([red, c[:, 0].flatten()]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_foreground_is_what_the_border_has_less_of(sign):
+    inside = torch.zeros(4, 4)
+    inside[1:3, 1:3] = 1
+    x = (sign * 9 * inside.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 16, 4))
+    assert torch.equal(analyze.foreground(x, 4, 4), inside.flatten().bool().expand(2, -1))
+    colour, = analyze.rgb([x], [(4, 4)], True)[0]
+    assert (colour[:, :, 0] == 0).all() and (colour[:, :, 1:3, 1:3].amax(1) > 0).all()
+
+
+# --- cost and comparison -----------------------------------------------------------------------------
+
+
+def test_the_papers_setting_costs_8_percent_of_parameters_and_no_flops():
+    plain, ours = (analyze.counts(clsspec.config("large", image_size=518, spec=s), 56) for s in ((), ("norms", "qkv")))
+    assert ours["parameters"] / plain["parameters"] == pytest.approx(1.083, abs=5e-4)
+    assert ours["gflops"] == plain["gflops"] == plain["gflops_counted"]
+    assert 1 < ours["gflops_counted"] / plain["gflops_counted"] < 1.01  # row 0 passes both copies
+    assert "+8.3% parameters, +0.0% FLOPs" in analyze.paper_setting()
+
+
+def test_memory_kept_grows_with_the_batch_and_leaves_out_weights():
+    model = clsspec.ViT(clsspec.config("nano", **TINY))
+    one, four = (analyze.kept_mib(model, torch.randn(b, 3, 32, 32)) for b in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.05)
+    tokens, width = 17, 32
+    assert 15 < one * 2**20 / (4 * 3 * tokens * width) < 40  # numbers a block, token and dimension
+
+
+def test_cost_of_every_variant():
+    cfg = clsspec.config("nano", **TINY, spec=("qkv",), spec_rank=2)
+    found = analyze.cost(cfg, 32, 2, 0.0, "cpu", False)
+    assert found.keys() == {*analyze.VARIANTS, "plain again"}
+    assert found["plain"]["step_ratio"] == found["plain"]["forward_ratio"] == [1, 1, 1]
+    assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
+    assert all(n["rounds"] == 3 and n["step_ms"] > 0 < n["step_ratio"][1] for n in found.values())
+
+
+def test_interval_by_hand():
+    a, b = torch.tensor([30.0, 31, 32]).double(), torch.tensor([31.0, 33, 32]).double()
+    r = analyze.interval(a, b)  # differences 1, 2, 0: mean 1, standard deviation 1; t of 2 degrees of freedom 4.303
+    assert (r["a"], r["b"], r["difference"], r["n"]) == (31, 32, 1, 3)
+    assert r["high"] - 1 == pytest.approx(4.303 / math.sqrt(3)) == 1 - r["low"]
+    assert math.isnan(analyze.interval(a[:1], b[:1])["low"])
+
+
+def runs(folder, name, results, key="teacher scenes"):
+    for seed, metrics in results.items():
+        (folder / f"{name}-{seed}").mkdir()
+        (folder / f"{name}-{seed}" / "config.json").write_text(json.dumps({"args": {"seed": seed}}))
+        (folder / f"{name}-{seed}" / "eval.json").write_text(json.dumps({key: metrics, f"only {name}": metrics}))
+
+
+def test_compare_pairs_seeds_and_says_when_zero_is_inside(tmp_path, capsys):
+    runs(tmp_path, "a", {s: {"miou": 30 + s, "rmse": 1.5, "knn": 40 + s} for s in (0, 1, 2, 7)})
+    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2)})
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    text = capsys.readouterr().out
+    assert "3 pairs, seeds [0, 1, 2], without [7]" in text and "only" not in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("    ")}
+    assert lines["miou"].endswith("better") and "+2.033" in lines["miou"]
+    assert lines["rmse"].endswith("worse") and lines["knn"].endswith("no difference measured: the interval contains zero")
+    saved = json.loads((tmp_path / "analysis.json").read_text())
+    (key, found), = saved.items()
+    assert key.startswith("compare ") and found["results"]["teacher scenes"]["miou"]["n"] == 3 and found["made"]["command"]
+
+
+def test_compare_says_what_is_missing(tmp_path):
+    runs(tmp_path, "a", {0: {"miou": 1}})
+    runs(tmp_path, "b", {1: {"miou": 1}})
+    both = ["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")]
+    with pytest.raises(SystemExit, match=r"no pairs: seeds of .* are \[0\], of .* \[1\]"):
+        analyze.main(both)
+    (tmp_path / "a-0" / "eval.json").rename(tmp_path / "e")
+    with pytest.raises(SystemExit, match="no .*a-0/eval.json; make it: python eval_dense.py"):
+        analyze.main(both)
+    (tmp_path / "e").rename(tmp_path / "a-0" / "eval.json")
+    runs(tmp_path, "a-again", {0: {"miou": 1}})
+    with pytest.raises(SystemExit, match="two runs of seed 0"):
+        analyze.main(both)
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, more in (("plain", []), ("spec", ["--spec", "norms,qkv", "--registers", "2", "--attn", "entmax15"])):
+        train.main(QUICK + more + ["--out", str(folder / name)])
+    probes = [{"step": s, "miou": 20.0 + s, "rmse": 2.0, "knn": 30.0} for s in (1, 2)]
+    (folder / "plain" / "log.jsonl").write_text("".join(json.dumps(p) + "\n" for p in probes))
+    return folder
+
+
+def test_everything_of_two_runs(trained, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "cost", lambda *_: {"plain": dict.fromkeys(
+        ("parameters", "gflops_counted", "gflops", "kept_mib", "rounds", "forward_ms", "step_ms"), 1.0)
+        | {"forward_ratio": [1, 1, 1], "step_ratio": [1, 1, 1]}})
+    analyze.main([str(trained / "plain"), str(trained / "spec"), "--pictures", "4", "--out", str(trained / "both")])
+    text, saved = capsys.readouterr().out, json.loads((trained / "both" / "analysis.json").read_text())
+    assert saved.keys() == set(analyze.WHAT)
+    assert all(saved[w]["models"].keys() == {"plain", "spec"} for w in set(analyze.WHAT) - {"degradation", "cost"})
+    assert saved["pca"]["made"]["versions"]["torch"] and saved["pca"]["made"]["pictures"] == 4
+    assert len(saved["attention"]["models"]["spec"]["support"]) == 12
+    assert all(f"\n{w}: plain" in text for w in ("cosines", "dimensions", "norms", "attention", "foreground"))
+    assert "best   22.000 at step 2" in text and "degradation: left out" in text and "no online probe" in text
+    sheet = Image.open(trained / "both" / "pca.png")
+    assert sheet.size == (2 + 3 * 130, 2 + 4 * 130)
+    figures = {f"{w}.png" for w in analyze.WHAT}
+    made = {f.name for f in (trained / "both").glob("*.png")}
+    if importlib.util.find_spec("matplotlib"):
+        assert made == figures and "no matplotlib" not in text
+    else:
+        assert made == {"pca.png"} and "python -m pip install matplotlib" in text
+
+
+def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, capsys):
+    torch.save(clsspec.load(trained / "plain" / "last.pt").state_dict(), tmp_path / "dino.pth")
+    for i in range(3):
+        Image.new("RGB", (40 + i, 50), (i * 80, 9, 9)).save(tmp_path / f"{i}.png")
+    analyze.main([str(tmp_path / "dino.pth"), "--what", "cosines,foreground,degradation,pca", "--data", str(tmp_path),
+                  "--image-size", "32", "--network", "student"])
+    text = capsys.readouterr().out
+    assert "cosines: dino" in text and "it wants masks" in text and "no online probe" in text
+    saved = json.loads((tmp_path / "analysis.json").read_text())
+    assert saved.keys() == {"cosines", "pca"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 2 + 3 * 130)
+    analyze.main([str(tmp_path / "dino.pth"), "--what", "norms", "--data", str(tmp_path), "--image-size", "32"])
+    assert json.loads((tmp_path / "analysis.json").read_text()).keys() == {"cosines", "pca", "norms"}
+
+
+def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((48, 40), 50).convert("RGB").save(tmp_path / "images" / split / f"{i}.png")
+            mask = Image.new("L", (48, 40), 0)
+            mask.paste(1, (0, 0, 24, 40))
+            mask.save(tmp_path / "masks" / split / f"{i}.png")
+    analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
+                  "--image-size", "32", "--out", str(tmp_path)])
+    numbers = json.loads((tmp_path / "analysis.json").read_text())["foreground"]["models"]["plain"]
+    assert len(numbers["auc_pc"]) == 12 and all(0.5 <= v <= 1 for v in numbers["auc_pc"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "give a run folder or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
+    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no GPU here")])
+def test_errors_say_what_to_do(flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        return
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+        analyze.main(flags)
+
+
+def test_errors_of_pictures(trained, tmp_path):
+    model = str(trained / "plain")
+    with pytest.raises(SystemExit, match="neither scenes, voc or pairs, nor a folder with pictures"):
+        analyze.main([model, "--data", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="33 x 33 px: both sides must be multiples of the patch"):
+        analyze.main([model, "--what", "cosines", "--image-size", "33"])
+    with pytest.raises(SystemExit, match="--data pairs wants in --root"):
+        analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
+
+
+def test_numbers_are_json_that_anyone_can_read():
+    assert json.dumps(analyze.tidy({"a": [math.nan, 1.23456789, 3, (0.1,)], "b": "x"})) == '{"a": [null, 1.2346, 3, [0.1]], "b": "x"}'
+
+
+def test_the_docstring_has_a_paragraph_for_every_output():
+    first_words = Counter(line.split()[0] for line in analyze.__doc__.splitlines() if line and line[0] != " ")
+    assert all(first_words[w] == 1 for w in analyze.WHAT)

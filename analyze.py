@@ -194,7 +194,7 @@ def survey(model: ViT, img: Tensor, measures, batch: int = 8) -> dict[str, dict]
                     kept[measure.__name__, name][i].append(value.cpu())
     out = defaultdict(dict)
     for (measure, name), blocks in kept.items():
-        out[measure][name] = [torch.cat(parts) for parts in blocks.values()]
+        out[measure][name] = [torch.cat(blocks.pop(i)) for i in sorted(blocks)]  # one at a time
     return out
 
 
@@ -376,13 +376,12 @@ def kept_mib(model: ViT, img: Tensor) -> float:
     """What a forward pass keeps for the backward pass, without the weights, MiB."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def pack(x):  # keeps the storage alive, so that no memory is counted twice; not the graph
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = model(img)  # alive, so that no memory is used twice
-    return sum(n for at, n in kept.items() if at not in weights) / 2**20
+        model(img)
+    return sum(kept[at].nbytes() for at in kept.keys() - weights) / 2**20
 
 
 def cost(cfg: clsspec.Config, side: int, batch: int, seconds: float, device: str,
@@ -395,7 +394,8 @@ def cost(cfg: clsspec.Config, side: int, batch: int, seconds: float, device: str
     out, models, times = {}, {}, defaultdict(list)
     for name, changes in VARIANTS.items():
         variant = clsspec.checked(replace(plain, **changes))
-        models[name] = ViT(variant).to(device)
+        models[name] = ViT(variant).to(device)  # and then shares plain's weights: less memory
+        models[name].load_state_dict(models["plain"].state_dict(), strict=False, assign=True)
         out[name] = counts(variant, side) | {"kept_mib": kept_mib(models[name], img) / batch}
         if compiled:
             models[name].compile()
@@ -491,10 +491,9 @@ GROUPS = {
     "dimensions": [
         ("dimensions shared by [CLS] and patches", "overlap", {
             "before norm": "before norm overlap", "after norm": "after norm overlap"}),
-        ("gain of norm1, where ... is large", "mean |gain|", {
-            "[CLS]'s, [CLS]": "cls gain on cls dims", "[CLS]'s, patch": "cls gain on patch dims",
-            "patch's, [CLS]": "patch gain on cls dims",
-            "patch's, patch": "patch gain on patch dims"})],
+        ("gain of norm1, on whose largest dimensions", "mean |gain|", {
+            "[CLS], own": "cls gain on cls dims", "[CLS], patch": "cls gain on patch dims",
+            "patch, [CLS]": "patch gain on cls dims", "patch, own": "patch gain on patch dims"})],
     "norms": [("norm of patches", "L2 norm", {"median": "median", "99th perc.": "p99",
                                               "largest": "largest"}),
               ("outliers, above 3 medians", "%", {"of patches": "outliers",
@@ -557,16 +556,18 @@ def canvas(panels: int, columns: int):
 def draw(path: Path, what: str, results: dict[str, dict]) -> bool:
     """The table as a PNG: a model is a style of line, a quantity a marker, a head a dot; then, for
     `dimensions`, two panels a model. False without matplotlib."""
+    there = set().union(*results.values())
+    groups = [group for group in GROUPS[what] if there & set(group[2].values())]
     profiles = [*product(PROFILES, results.items())] if what == "dimensions" else []
-    fig, axes = canvas(len(GROUPS[what]) + len(profiles), max(2, len(results) if profiles else 0))
+    fig, axes = canvas(len(groups) + len(profiles), max(2, len(results) if profiles else 0))
     if not fig:
         return False
-    for ax, (title, unit, lines) in zip(axes, GROUPS[what]):
+    for ax, (title, unit, lines) in zip(axes, groups):
         for (i, (model, numbers)), (j, (label, key)) in product(
                 enumerate(results.items()), enumerate(lines.items())):
-            y = numbers.get(key, [0])
+            y = numbers.get(key, ())
             x, y = (y["steps"], y["values"]) if "steps" in y else (range(1, 1 + len(y)), y)
-            if j and not any(map(level, y)):  # no registers, no bias
+            if not len(y) or (j and not any(map(level, y))):  # no registers, no bias
                 continue
             label = f"{model}: {label}" if len(lines) > 1 else model
             ax.plot(x, list(map(level, y)), LINES[i % 4], color=COLOURS[i % 4], marker="os^D"[j],
@@ -577,7 +578,7 @@ def draw(path: Path, what: str, results: dict[str, dict]) -> bool:
         ax.set(title=title, ylabel=unit, xlabel="step" if what == "degradation" else "block" + last)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
-    for ax, ((kind, title, scale), (model, n)) in zip(axes[len(GROUPS[what]):], profiles):
+    for ax, ((kind, title, scale), (model, n)) in zip(axes[len(groups):], profiles):
         i = max((len(n["gains_cosine"]) - 1) // 3 - 1, 0)  # the last block of the first third
         order = torch.tensor(n["before norm patch"][i]).argsort(descending=True).tolist()
         for who, label, style in (("cls", "[CLS]", ":k."), ("patch", "patches", "-")):
@@ -673,10 +674,9 @@ def pictures(args, size: int):
         data = eval_dense.open_set(args.data, args.root, protocol, 1, "cpu")[1]
         rows = data.rows[:: max(len(data.rows) // n, 1)][:n]
         img = torch.stack([fit(eval_dense.decode(row["image"], "RGB"), size) for row in rows])
-        if not all("mask" in row for row in rows):
-            return img, None, 1
-        masks = [fit(data.mask(row["mask"])[None], size, NEAREST)[0] for row in rows]
-        return img, torch.stack(masks), 1
+        masks = [data.mask(row["mask"])[None] for row in rows if "mask" in row]
+        masks = torch.stack([fit(m, size, NEAREST)[0] for m in masks]) if masks else None
+        return img, None if masks is None or masks.min() == 255 else masks, 1
     kinds = (".jpg", ".jpeg", ".png", ".webp")
     files = sorted(f for f in Path(args.data).rglob("*") if f.suffix.lower() in kinds)
     if not files:
@@ -786,6 +786,7 @@ def run(args) -> None:
                 print(f"degradation: left out, {err}")
         if "pca" in what:
             sheets[name] = img[:8], kept["features"]["patches"][-1][:8], grid
+        del kept
 
     for w in (w for w in WHAT if results[w]):
         table(w, results[w])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import analyze
 import clsspec
 import eval_dense
 import train
@@ -25,9 +26,10 @@ def test_train_commands_have_flags_that_exist(command):
     clsspec.config(args.size, spec_blocks=args.spec_blocks, spec=args.spec, image_size=args.image_size)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python eval_dense\.py ([^`\n#]*)", README))))
-def test_eval_commands_have_flags_that_exist(command):
-    eval_dense.parse(shlex.split(command))
+@pytest.mark.parametrize("script, command", sorted(set(re.findall(r"python (eval_dense|analyze)\.py ([^`\n#]*)", README))))
+def test_other_commands_have_flags_that_exist(script, command):
+    args = {"eval_dense": eval_dense, "analyze": analyze}[script].parse(shlex.split(command))
+    assert script != "analyze" or set(args.what.split(",")) <= set(analyze.WHAT)
 
 
 def test_files_that_it_names_exist():
@@ -36,6 +38,7 @@ def test_files_that_it_names_exist():
 
 
 def test_every_flag_it_names_exists():
-    known = {name.replace("_", "-") for args in (train.parse([]), eval_dense.parse([])) for name in vars(args)}
+    parsed = train.parse([]), eval_dense.parse([]), analyze.parse([])
+    known = {name.replace("_", "-") for args in parsed for name in vars(args)}
     flags = set(re.findall(r"`--([a-z-]+)", README))
     assert len(flags) > 10 and flags <= known, flags - known

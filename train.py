@@ -3,12 +3,13 @@
     python train.py --spec norms,qkv --spec-blocks 8           # a laptop: minutes; a GPU: ViT-S
     python train.py --out runs/plain                           # the control, with the same seed
     python train.py --recipe dino --data path/to/pictures      # DINO v1 on any folder of pictures
+    python train.py --recipe deit3 --data path/to/train        # supervised, a folder for each class
     python train.py --scale large --spec norms,qkv --dry-run   # what the paper's run would be
     torchrun --nproc-per-node 8 train.py --scale large --spec norms,qkv --data list.txt --compile
 
-Two recipes, both sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DINO loss on [CLS],
+Three recipes, all sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DINO loss on [CLS],
 iBOT loss on masked patches, KoLeo, Sinkhorn-Knopp. `dino` (arXiv 2104.14294): the [CLS] loss with a
-moving centre.
+moving centre. `deit3` (arXiv 2204.07118): labels; the teacher is then only an average of weights.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it, so workers
 and ranks change nothing, and a resumed run equals an unbroken one. In shapes, V views of B pictures
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps  # comes with torchvision
 from torch import Tensor, nn
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -62,6 +64,12 @@ RECIPES = {
         patch_embed_lr=1.0, wd=0.04, wd_end=0.4, warmup=10 / 100, ema=0.996, temp_end=0.04,
         temp_warmup=0.0, freeze_last=1 / 100, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
         drop_path=0.1, layerscale=0.0, steps=125_100),
+    # DeiT-III, 800 epochs of ImageNet-1k at batch 2048; drop path .05 (S), .2 (B), .45 (L).
+    # It uses LAMB at 3e-3; the rate here is DeiT's (arXiv 2012.12877) for AdamW.
+    "deit3": dict(
+        supervised=True, ibot=0.0, koleo=0.0, lr=5e-4, lr_batch=512, lr_scaling="linear",
+        wd=0.05, wd_end=0.05, warmup=5 / 800, clip=1.0, ema=0.99996, ema_end=0.99996,
+        global_scale=(0.08, 1.0), local_crops=0, drop_path=0.45, layerscale=1e-4, steps=500_000),
 }
 SCALES = {
     "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
@@ -141,6 +149,10 @@ def parse(argv) -> argparse.Namespace:
           ("local-scale", (0.05, 0.4), "share of the picture in a local view: from, to"),
           ("colour", 1.0, "strength of colour jitter, grey and solarise; 1: DINO's"),
           ("workers", 8 if cuda else 2, "processes that decode files"))
+    group("labels",
+          ("supervised", False, "learn labels by binary cross-entropy, and nothing else"),
+          ("mixup", 0.8, "parameter of mixup's beta distribution; 0: none"),
+          ("cutmix", 1.0, "of CutMix's; with both, each batch has one or the other"))
     group("heads and losses",
           ("ibot", 1.0, "weight of the masked-patch loss"),
           ("koleo", 0.1, "weight of KoLeo"),
@@ -185,6 +197,8 @@ def parse(argv) -> argparse.Namespace:
 
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[chosen.scale])
+    if chosen.recipe == "deit3":  # has one view a picture at every scale
+        p.set_defaults(local_crops=0)
     args = p.parse_args(argv)
     for name in ("steps", "batch_size", "pictures", "prototypes", "log_every", "save_every"):
         if getattr(args, name) < 1:
@@ -232,20 +246,25 @@ class Folder(torch.utils.data.Dataset):
             raise ValueError(f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
         if not self.files:
             raise ValueError(f"--data {data}: no picture (jpg, png, webp) in it or below it")
+        # A class is a folder in the folder; "" are pictures in none.
+        inside = [file[len(data):].strip(os.sep).split(os.sep) for file in self.files]
+        names = [p[0] if len(p) > 1 and os.path.isdir(data) else "" for p in inside]
+        self.classes = {name: i for i, name in enumerate(sorted(set(names)))}
+        self.labels = [self.classes[name] for name in names]
         self.data, self.side = data, side
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, i: int) -> tuple[Tensor, int, list[str]]:
         bad = []
-        for k in range(len(self.files)):
-            file = self.files[(i + k) % len(self.files)]
+        for k in range(i, i + len(self.files)):
+            file, label = (some[k % len(self.files)] for some in (self.files, self.labels))
             try:
                 with Image.open(file) as img:
                     img.draft("RGB", (self.side, self.side))  # JPEG: decode no finer than needed
                     img = TF.resize(ImageOps.exif_transpose(img).convert("RGB"), self.side)
-                return TF.pil_to_tensor(TF.center_crop(img, self.side)), bad
+                return TF.pil_to_tensor(TF.center_crop(img, self.side)), label, bad
             except Exception as err:  # whatever a decoder makes of a broken file
                 bad.append(f"{file} ({str(err).splitlines()[0]})")
         raise ValueError(f"--data {self.data}: none of its {len(bad)} files is a readable picture; "
@@ -259,7 +278,8 @@ def ignore_interrupt(worker: int) -> None:
 
 
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
-    """Yield (uint8 (B, 3, S, S) on the device, names of unreadable files) from step `first` on."""
+    """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and names of unreadable files, from
+    step `first` on."""
     n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
     mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)
     order = (batch_index(n, batch, args.seed, step)[mine] for step in range(first, args.steps))
@@ -268,15 +288,18 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
             folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
             collate_fn=list, worker_init_fn=ignore_interrupt)
         for items in loader:
-            img, bad = zip(*items)
-            yield torch.stack(img).to(args.device), sum(bad, [])
+            img, labels, bad = zip(*items)
+            labels = torch.tensor(labels).to(args.device)
+            yield torch.stack(img).to(args.device), labels, sum(bad, [])
     else:
         world = Scenes("train", args.source_size)
         parts = torch.arange(n, device=args.device).split(256)
         parts = bar(parts, "rendering Scenes", len(parts)) if rank == 0 else parts
-        scenes = torch.cat([world(i)["image"] for i in parts])
+        parts = [[scenes["image"], scenes["label"]] for scenes in map(world, parts)]
+        scenes, labels = (torch.cat(some) for some in zip(*parts))
         for i in order:
-            yield scenes[i.to(args.device)], []
+            i = i.to(args.device)
+            yield scenes[i], labels[i], []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,8 +322,9 @@ def resample(low: Tensor, high: Tensor, n_in: int, n_out: int, sigma: Tensor) ->
 
 
 def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, reach: float,
-         strength: float = 1.0) -> Tensor:
-    """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do.
+         strength: float = 1.0, three: bool = False) -> Tensor:
+    """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do;
+    or `three`, DeiT-III's 3-Augment: one of grey, solarise and blur, and a milder jitter.
 
     img: (B, 3, H, W) in [0, 1]; u: (B, 16) uniform numbers, the only randomness; area: the crop's
     share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in pixels;
@@ -312,27 +336,33 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     ch, cw = (h * w * share / ratio).sqrt(), (h * w * share * ratio).sqrt()
     ch, cw = ch.clamp(max=h), cw.clamp(max=w)
     top, left = (h - ch) * u[2], (w - cw) * u[3]
-    sigma = torch.where(u[5] < blur, reach * (0.05 + 0.95 * u[6]), 1e-2)
+    if three:
+        grey, solarised, blurred = ((3 * u[12]).floor() == k for k in range(3))
+        jittered, most = u[7] < 2, (0.3, 0.3, 0.3, 0.0)
+    else:
+        grey, solarised, blurred = u[12] < 0.2 * strength, u[13] < solarise * strength, u[5] < blur
+        jittered, most = u[7] < 0.8, (0.4, 0.4, 0.2, 0.1)
+    sigma = torch.where(blurred, reach * (0.05 + 0.95 * u[6]), 1e-2)
     rows = resample(top, top + ch, h, size, sigma)
     columns = resample(left, left + cw, w, size, sigma)
     columns = torch.where((u[4] < 0.5)[:, None, None], columns.flip(1), columns)
     x = rows[:, None] @ img @ columns[:, None].mT  # (B, 3, size, size)
 
     # Brightness, contrast, saturation, hue (a turn around the grey axis), grey: all are linear.
-    jitter = u[7] < 0.8
-    spread = lambda k, most: torch.where(jitter, strength * most * (2 * u[k] - 1), 0.0)
-    bright, contrast, turn = 1 + spread(8, 0.4), 1 + spread(9, 0.4), 2 * math.pi * spread(11, 0.1)
+    bright, contrast, saturation, turn = (
+        torch.where(jittered, strength * most[k] * (2 * u[8 + k] - 1), 0.0) for k in range(4))
+    bright, contrast, turn = 1 + bright, 1 + contrast, 2 * math.pi * turn
     luma, eye = img.new_tensor([0.299, 0.587, 0.114]), torch.eye(3, device=img.device)
-    grey, third = luma.expand(3, 3), torch.full_like(eye, 1 / 3)
+    third = torch.full_like(eye, 1 / 3)
     cross = img.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turn = turn[:, None, None]
     hue = third + turn.cos() * (eye - third) + turn.sin() * cross  # Rodrigues' formula
-    colour = hue @ torch.lerp(grey, eye, (1 + spread(10, 0.2))[:, None, None])
-    colour = torch.where((u[12] < 0.2 * strength)[:, None, None], grey, colour)
+    colour = hue @ torch.lerp(luma.expand(3, 3), eye, (1 + saturation)[:, None, None])
+    colour = torch.where(grey[:, None, None], luma, colour)
     offset = (1 - contrast) * bright * (x.mean((2, 3)) @ luma)
     x = (bright * contrast)[:, None, None] * colour @ x.flatten(2) + offset[:, None, None]
     x = x.clamp(0, 1)
-    x = torch.where((u[13] < solarise * strength)[:, None, None] & (x > 0.5), 1 - x, x)
+    x = torch.where(solarised[:, None, None] & (x > 0.5), 1 - x, x)
     return normalise(x.unflatten(2, (size, size)))
 
 
@@ -347,6 +377,20 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     img, reach = img / 255, 2 * args.image_size / 224  # DINO blurs by 2 px at the most, at 224 px
     views = [view(img, u[:, i], *kind, reach, args.colour) for i, kind in enumerate(kinds)]
     return torch.cat(views[:2]), torch.cat(views[2:]) if args.local_crops else img[:0]
+
+
+def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, ranks: int):
+    """uint8 (B, 3, S, S), labels (B,) -> views by 3-Augment, mixed by mixup or CutMix, (B, 3, ..);
+    their targets (B, classes), 1 for whatever is in the mixture; the pictures as they are."""
+    draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
+    u = torch.rand(b * ranks, 16, generator=draw)[rank * b : (rank + 1) * b].to(img.device)
+    size, n, img = args.image_size, args.classes, img / 255
+    views = view(img, u, size, args.global_scale, 0, 0, 2 * size / 224, args.colour, three=True)
+    ways = [way(alpha=alpha, num_classes=n) for way, alpha in (
+        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    views, targets = v2.RandomChoice(ways)(views, labels) if ways else (views, F.one_hot(labels, n))
+    clean = F.interpolate(img, (size, size), mode="bilinear", antialias=True)
+    return views, (targets > 0).float(), normalise(clean)
 
 
 def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
@@ -500,6 +544,12 @@ class Network(nn.Module):
         self.backbone = clsspec.start(cfg, args.init)
         self.backbone.checkpointing = args.checkpointing
         self.backbone.mask_token.requires_grad = args.ibot > 0
+        self.supervised = args.supervised
+        if args.supervised:
+            self.cls_head = nn.Linear(cfg.width, args.classes)
+            nn.init.trunc_normal_(self.cls_head.weight, std=0.02)
+            nn.init.zeros_(self.cls_head.bias)
+            return
         shape = args.prototypes, args.head_layers, args.hidden, args.head_norm
         self.cls_head = self.patch_head = Head(cfg.width, args.bottleneck, *shape)
         if args.ibot and args.separate_head:
@@ -507,12 +557,15 @@ class Network(nn.Module):
         for name in ("cls_centre", "patch_centre"):  # of the teacher, with EMA centring
             self.register_buffer(name, torch.zeros(args.prototypes))
 
-    def forward(self, global_views: Tensor, local_views: Tensor, mask=None, chosen=None):
+    def forward(self, global_views: Tensor, local_views=None, mask=None, chosen=None):
         """Views (2 B, ..), (L B, ..); mask: (2 B, N); chosen: (M,) numbers of patches among 2 B N.
 
-        Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K).
+        Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K);
+        supervised, of views (B, ..), logits of classes (B, classes).
         """
         out = self.backbone(global_views, mask)
+        if self.supervised:
+            return self.cls_head(out["cls"]).float()
         cls = [out["cls"]] + ([self.backbone(local_views)["cls"]] if len(local_views) else [])
         logits = self.cls_head(torch.cat(cls))
         logits = rearrange(logits, "(v b) k -> v b k", b=len(global_views) // 2)
@@ -554,6 +607,15 @@ def compare(args, student, teacher: Network, global_views: Tensor, local_views: 
         terms["koleo"] = args.koleo * sum(koleo(one) for one in student_cls.chunk(2))
     return terms, {"entropy": entropy / math.log(args.prototypes), "kl": dino.detach() - entropy,
                    "cls_std": spread}
+
+
+def supervise(student, teacher: Network, views: Tensor, targets: Tensor, clean: Tensor, labels):
+    """Binary cross-entropy of mixed views, nats, mean over classes; and as a meter `top1`, %: how
+    often the averaged network is right about the pictures as they are."""
+    loss = F.binary_cross_entropy_with_logits(student(views), targets)
+    with torch.no_grad():
+        right = teacher(clean).argmax(1) == labels
+    return {"bce": loss}, {"top1": 100 * right.float().mean()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -641,7 +703,7 @@ def resume(args, student: Network, teacher: Network, optimizer) -> int:
         raise ValueError(f"--resume: {path} is not a checkpoint of train.py "
                          f"({type(err).__name__})") from None
     odd = [f"--{k.replace('_', '-')} {theirs.get(k)} (now {v})" for k, v in plain(args).items()
-           if k not in FREE and theirs.get(k) != v]
+           if k not in FREE and theirs.get(k, v) != v]
     if odd:
         raise ValueError(f"--resume: {path} is of another run: it has {', '.join(odd)}; "
                          "give its flags, or another --out")
@@ -663,16 +725,18 @@ def describe(args, network: Network, ranks: int) -> None:
     heads = sum(p.numel() for p in network.parameters()) - table["total"]
     one, local = (clsspec.flops(cfg, s, s) for s in (args.image_size, args.local_size))
     # A backward pass costs two forward ones; the teacher has none and sees the global views only.
-    trained = 2 * one * (3 + 1) + args.local_crops * local * 3
+    views = 1 if args.supervised else 2
+    trained = views * one * (3 + 1) + args.local_crops * local * 3
     tokens = [1 + (s // cfg.patch) ** 2 for s in (args.image_size, args.local_size)]
-    tokens = args.batch_size * (2 * tokens[0] + args.local_crops * tokens[1])
+    tokens = args.batch_size * (views * tokens[0] + args.local_crops * tokens[1])
     number = 2 if args.precision == "bf16" else 4  # bytes
     # Kept for the backward pass, a block and token: some 17 D numbers; checkpointing: its input.
     kept = tokens * cfg.depth * cfg.width * (4 if args.checkpointing else 17 * number)
     weights = (heads + table["total"]) * 4 * 5  # student, teacher, gradient, AdamW's two moments
     logits = 4 * 3 * args.prototypes * args.batch_size * (4 + args.local_crops)
     warmup, batch = int(args.warmup * args.steps), args.batch_size * ranks
-    for name, count in (table | {f"heads, K = {args.prototypes}": heads}).items():
+    name = f"head, {args.classes} classes" if args.supervised else f"heads, K = {args.prototypes}"
+    for name, count in (table | {name: heads}).items():
         print(f"  {name:18}{count / 1e6:10.3f} M parameters")
     if cfg.spec:
         print(f"  plain, with as many parameters: --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
@@ -688,8 +752,8 @@ def describe(args, network: Network, ranks: int) -> None:
           f"optimiser {weights:.1f}, activations {kept:.1f}, logits {logits:.1f}")
 
 
-def prepare(args, student: Network, ranks: int) -> Folder | None:
-    """Refuse what cannot run, before anything is written; returns the folder, None for Scenes."""
+def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
+    """Refuse what cannot run, before anything is written."""
     patch = student.backbone.config.patch
     local_size = args.local_size if args.local_crops else 0
     for flag, side in ("image", args.image_size), ("local", local_size):
@@ -699,7 +763,6 @@ def prepare(args, student: Network, ranks: int) -> Folder | None:
     if args.koleo and args.batch_size < 2:
         raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
                          "or --koleo 0")
-    folder = None if args.data == "scenes" else Folder(args.data, args.source_size)
     n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
     if n < batch:
         more = "" if folder else " or raise --pictures"
@@ -708,7 +771,6 @@ def prepare(args, student: Network, ranks: int) -> Folder | None:
     if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{args.out} holds a run already: give --resume to go on, --overwrite to "
                          "start anew, or another --out")
-    return folder
 
 
 def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
@@ -755,20 +817,27 @@ def run(args, rank: int, ranks: int) -> None:
         raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     say(f"scale {args.scale} ({torch.cuda.get_device_name() if cuda else 'no GPU in use'}), recipe "
         f"{args.recipe}, data {args.data}, spec {','.join(args.spec) or 'none'}", flush=True)
+    scenes = args.data == "scenes"
+    folder = None if scenes or args.dry_run else Folder(args.data, args.source_size)
+    args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
+    if args.supervised and (args.classes < 2 or folder and "" in folder.classes):
+        raise ValueError(f"--supervised: --data {args.data} must be a folder that has a folder of "
+                         "pictures for each class, two or more, and no pictures beside them")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         student = Network(args)
     if args.dry_run:
         return describe(args, student, ranks) if main else None
-    folder = prepare(args, student, ranks)
+    prepare(args, folder, student, ranks)
     student = student.to(args.device)
     teacher = make_teacher(args, student)
     optimizer = make_optimizer(args, student)
     first = resume(args, student, teacher, optimizer) if args.resume else 0
     if main:
         write_config(args, student.backbone.config, first, ranks)
-    say(f"run folder {args.out}; ln K = {math.log(args.prototypes):.3f}: a DINO loss that stays "
-        "there has learnt nothing", flush=True)
+    say(f"run folder {args.out}; " + (f"{args.classes} classes" if args.supervised else f"ln K = "
+        f"{math.log(args.prototypes):.3f}: a DINO loss that stays there has learnt nothing"),
+        flush=True)
 
     if args.compile:
         student.backbone.compile()
@@ -781,7 +850,7 @@ def run(args, rank: int, ranks: int) -> None:
         signal.signal(number, lambda number, _: signals.append(number))
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=not main,
                     dynamic_ncols=True, mininterval=eval_dense.QUIET)
-    for step, (img, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
+    for step, (img, labels, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
         if step == first:
             tick = time.time()  # not before there are pictures
         now = schedule(args, step, ranks)
@@ -791,10 +860,15 @@ def run(args, rank: int, ranks: int) -> None:
             group["lr"] = factor * now["lr"]
             group["weight_decay"] = 0 if group["free"] else now["wd"]
         torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # for stochastic depth
-        views = make_views(args, img, step, rank, ranks)
-        mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
-        with cast:
-            terms, meters = compare(args, learner, teacher, *views, mask, now["temp"])
+        if args.supervised:
+            views = labelled_views(args, img, labels, step, rank, ranks)
+            with cast:
+                terms, meters = supervise(learner, teacher, *views, labels)
+        else:
+            views = make_views(args, img, step, rank, ranks)
+            mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
+            with cast:
+                terms, meters = compare(args, learner, teacher, *views, mask, now["temp"])
         loss = sum(terms.values())
         optimizer.zero_grad()
         loss.backward()

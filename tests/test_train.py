@@ -166,6 +166,41 @@ def test_loss_falls_and_meters_are_quiet(tmp_path):
     assert lines[-1]["entropy"] < 0.98 and lines[-1]["cls_std"] > 0.2
 
 
+def test_labels_of_folders_are_learnt(tmp_path):
+    for i in range(24):
+        (tmp_path / "set" / "abc"[i % 3] / "deeper").mkdir(parents=True, exist_ok=True)
+        img = torch.zeros(3, 40, 40, dtype=torch.uint8)
+        img[:, :: (2, 8, 40)[i % 3]] = 120 + 5 * i  # fine stripes, coarse stripes, one line
+        torchvision.transforms.v2.functional.to_pil_image(img).save(tmp_path / "set" / "abc"[i % 3] / f"deeper/{i}.png")
+    folder = train.Folder(str(tmp_path / "set"), 32)
+    assert list(folder.classes) == ["a", "b", "c"] and [folder[i][1] for i in (0, 8, 23)] == [0, 1, 2]
+    flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2", "--mixup", 0, "--cutmix", 0,
+             "--colour", 0, "--ema", 0.5, "--steps", 40, "--workers", 0]
+    state = run(tmp_path / "r", *flags)
+    lines = logged(tmp_path / "r")
+    assert {"bce", "top1"} <= lines[0].keys() and "dino" not in lines[0]
+    assert lines[0]["bce"] == pytest.approx(math.log(2), abs=0.05)  # of a coin
+    assert lines[-1]["bce"] < 0.4 and sum(line["top1"] for line in lines[-4:]) / 4 > 80
+    assert state["student"]["cls_head.weight"].shape == (3, 64)
+    folder.files[0] = str(tmp_path / "gone.png")
+    assert folder[0][1] == folder.labels[1] and len(folder[0][2]) == 1
+
+
+def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path):
+    flags = ["--recipe", "deit3", "--drop-path", 0.2]
+    whole = run(tmp_path / "whole", *flags, "--steps", 4)
+    code, save = [], train.save
+    train.save = lambda path, state: (save(path, state), code.append(state["step"]), os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2)
+    finally:
+        train.save = save
+    assert code[0] == 2
+    parts = run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2, "--resume")
+    assert same(whole["student"], parts["student"]) and same(whole["teacher"], parts["teacher"])
+
+
 # --- when things go wrong ----------------------------------------------------------------------------
 
 
@@ -195,6 +230,17 @@ def test_unknown_names_list_the_known_ones(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         train.main([*QUICK, *flags])
     assert caught.value.code == 2 and "choose from" in capsys.readouterr().err
+
+
+def test_labels_want_a_folder_for_each_class(tmp_path):
+    pictures(tmp_path / "set")
+    flags = ["--recipe", "deit3", "--out", tmp_path / "r", "--data"]
+    assert "must be a folder that has a folder of pictures for each class" in error(*flags, tmp_path / "set/class1")
+    files = "\n".join(map(str, (tmp_path / "set").rglob("*.JPEG")))
+    (tmp_path / "list.txt").write_text(files)
+    assert "must be a folder" in error(*flags, tmp_path / "list.txt")
+    (tmp_path / "set/class0/0.JPEG").rename(tmp_path / "set/0.JPEG")
+    assert "no pictures beside them" in error(*flags, tmp_path / "set")
 
 
 def test_folders_without_a_readable_picture(tmp_path):

@@ -262,3 +262,60 @@ def test_no_weight_decay_on_biases_norms_and_layerscale():
             n = names[id(p)]
             assert group["free"] == (n.endswith("bias") or "norm" in n or "gamma" in n), n
             assert (group["kind"] == "last") == n.endswith("head.last")
+
+
+# --- labels ------------------------------------------------------------------------------------------
+
+
+def test_three_augment_does_one_of_three():
+    torch.manual_seed(0)
+    img = torch.rand(1, 3, 16, 16).expand(3, -1, -1, -1)
+    u = plain_u(3, c1=0.5, c4=0.9, c6=1.0, c12=torch.tensor([0.1, 0.5, 0.9]))
+    out = train.view(img, u, 16, (1.0, 1.0), 0.0, 0.0, 2.0, strength=0.0, three=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    grey, solarised, blurred = out * std + mean
+    luma = 0.299 * img[0, 0] + 0.587 * img[0, 1] + 0.114 * img[0, 2]
+    torch.testing.assert_close(grey, luma.expand(3, -1, -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(solarised, torch.where(img[0] > 0.5, 1 - img[0], img[0]), atol=1e-4, rtol=0)
+    assert blurred.std() < 0.5 * img[0].std() and blurred.mean() == pytest.approx(img[0].mean().item(), abs=0.02)
+
+
+def test_jitter_of_three_augment_is_brightness_contrast_saturation():
+    img = torch.full((2, 3, 8, 8), 0.25)
+    img[:, 0] = 0.5
+    u = plain_u(2, c1=0.5, c12=0.5, c7=0.99, c8=torch.tensor([1.0, 0.5]), c9=0.5, c10=0.5, c11=1.0)  # c11 would turn the hue
+    out = train.view(img, u, 8, (1.0, 1.0), 0.0, 0.0, 2.0, three=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    bright, same = out * std + mean
+    torch.testing.assert_close(same, img[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(bright[1:], 1.3 * img[0, 1:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(bright[0], 1 - 1.3 * img[0, 0], atol=1e-4, rtol=0)  # 0.65: solarised
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0, 0), (0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_targets_are_what_is_in_the_mixture(mixup, cutmix):
+    args = train.parse(QUICK + ["--recipe", "deit3", "--mixup", str(mixup), "--cutmix", str(cutmix), "--colour", "0"])
+    args.classes, labels = 5, torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    img = (labels[:, None, None, None] * 40).expand(-1, 3, 32, 32).to(torch.uint8)
+    torch.manual_seed(0)
+    views, targets, clean = train.labelled_views(args, img, labels, 0, 0, 1)
+    assert views.shape == (8, 3, 32, 32) and targets.shape == (8, 5)
+    torch.testing.assert_close(clean, train.normalise(img / 255))
+    mixed = targets.sum(1) > 1
+    assert (targets[torch.arange(8), labels] == 1).all() and set(targets.unique().tolist()) == {0, 1}
+    assert mixed.any() == bool(mixup or cutmix)
+    whole, _, _ = train.labelled_views(args, img, labels, 0, 0, 1)
+    half, _, _ = train.labelled_views(args, img[4:], labels[4:], 0, 1, 2)
+    if not (mixup or cutmix):  # which pictures meet is drawn by each rank
+        torch.testing.assert_close(whole[4:], half)
+
+
+def test_supervised_loss_and_top1():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0]])
+    targets = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    network = lambda x: x
+    terms, meters = train.supervise(network, network, logits, targets, logits, torch.tensor([0, 1]))
+    log_sigmoid = lambda v: -math.log(1 + math.exp(-v))
+    pairs = zip(logits.flatten().tolist(), targets.flatten().tolist())
+    loop = -sum(t * log_sigmoid(v) + (1 - t) * log_sigmoid(-v) for v, t in pairs) / 6
+    assert terms["bce"].item() == pytest.approx(loop, rel=1e-5) and meters["top1"].item() == 50

@@ -239,9 +239,9 @@ def test_every_combination_trains_or_is_refused(recipe, attn, class_attn, tmp_pa
             before = clsspec.load(tmp_path / "last.pt", "untrained").state_dict()
             moved = {k for k, v in clsspec.load(tmp_path / "last.pt", "student").state_dict().items()
                      if not torch.equal(v, before[k])}
-            # DINO's loss sees [CLS] alone: nothing that only patches pass after the last attention learns.
+            # A loss that sees [CLS] alone teaches nothing that only patches pass after the last attention.
             frozen = {"mask_token", "blocks.2.norm2.patch.weight", "blocks.2.norm2.patch.bias"} & before.keys()
-            assert before.keys() - moved == (frozen if recipe == "dino" else set())
+            assert before.keys() - moved == (set() if recipe == "dinov2" else frozen)
 
 
 # --- public weights ----------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ class Block(nn.Module):
         self.attn = self.attention(c)
         self.ls1 = LayerScale(c.width, c.layerscale) if c.layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(c.width, eps=1e-6)
-        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio))
+        self.mlp = Mlp(c.width, round(c.width * c.mlp_ratio))
         self.ls2 = LayerScale(c.width, c.layerscale) if c.layerscale else nn.Identity()
         self.drop_path = StochasticDepth(c.drop_path, "row") if c.drop_path else nn.Identity()
 
@@ -466,7 +466,7 @@ def flops(c: Config, h: int, w: int) -> int:
     Specialised or not makes no difference, but for the low-rank update of spec_rank.
     """
     n = (h // c.patch) * (w // c.patch)
-    t, hidden = 1 + c.registers + n, int(c.width * c.mlp_ratio)
+    t, hidden = 1 + c.registers + n, round(c.width * c.mlp_ratio)
 
     def block(queries, keys):  # q, proj and the MLP of queries; k and v of keys; q k and p v
         linear = queries * (2 * c.width + 2 * hidden) + keys * 2 * c.width

@@ -4,42 +4,46 @@
     python analyze.py dino_deitsmall16_pretrain.pth            # the same of public weights
     python analyze.py runs/spec --what cosines,pca --data path/to/pictures
     python analyze.py runs/spec --what cost --seconds 120      # the price of every variant
-    python analyze.py --compare "runs/plain-*" "runs/spec-*"   # eval.json, paired over seeds
+    python analyze.py --compare "runs/plain-*" "runs/spec-*"   # two groups, paired over seeds
 
-Numbers go to analysis.json in --out (default: the first model's folder), pictures beside it, to
-NAME.png; all but pca.png want matplotlib. P1: arXiv 2602.08626, P2: arXiv 2605.23868. "Ours" is
-said where a paper's formula is not public.
+Numbers go to analysis.json in --out, pictures beside it, to NAME.png; all but pca.png want
+matplotlib. --out is the first model's folder, of weights runs/FILE, of --compare the folder that
+all runs are in. P1: arXiv 2602.08626, P2: arXiv 2605.23868. "Ours": a paper's formula is unknown.
 
 cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with other patches, at
              four points of a block: `before norm`, what enters it; `after norm`, what leaves norm1;
              `attention`, the branch after out-projection and LayerScale; `after attention`, the
-             residual stream with it. The row after the last block is the final norm. (P1)
+             residual stream with it. The last row is the final norm. (P1; where exactly: ours)
 dimensions   Mean |activation| of each dimension, of [CLS] and of patches, before and after norm1.
              `overlap`: sum_d min(a_d, b_d), both scaled to sum 1; 1 the same dimensions, 0 disjoint
-             ones (ours). Mean |gain| of norm1 on the tenth of the dimensions in which [CLS], or
-             patches, are largest; `gains_cosine`: of the two gains of a specialised norm. (P1)
+             ones (ours). `gain`: mean |gain| of norm1 on the tenth of the dimensions in which [CLS]
+             (patches) are largest, of the gains that [CLS] (patches) pass; `gains_cosine`: of the
+             two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
 norms        L2 norm of patches that leave a block; `outliers`: % of patches above three medians,
-             `on_border`: % of those in the outermost ring (ours). What registers and attention bias
-             are for. (P1)
+             `on_border`: % of those in the outermost ring, `map`: where they are (ours; P1's rows
+             with registers and attention bias are about them)
 attention    Of patches as queries: `entropy`, nats; `support`, number of keys with weight above 0;
              `distance` to the patches looked at, in patches; `to_cls`, `to_registers`, `to_bias`, %
-             of the weight. Of [CLS]: `cls_entropy`, `cls_support`. A number a head. (P2, selective
-             attention)
+             of the weight. Of [CLS]: `cls_entropy`, `cls_support`. A number a head; tables and
+             lines are means over heads. Models on grids of other sizes do not compare. (P2)
 foreground   How well each block's patches, after the final norm, tell foreground from background:
              area under the ROC curve, 0.5 not at all, mean over pictures, of cos(patch, [CLS]),
-             `auc_cls`, and of the first principal component, either sign, `auc_pc`. `miou`, %, of
-             ridge regression from patch to class, from one half of the pictures to the other and
-             back. (P2; formulas ours.) Wants masks: Scenes (objects), voc, pairs (all but class 0).
-degradation  The online probe in log.jsonl: each metric over steps, best, last, and what was lost
-             since the best, in its unit. (P2, dense degradation)
-pca          Pictures, then a column a model: the first three principal components of the last
-             block's patches as RGB, fitted to all pictures, with the first model's signs.
-             --foreground: fitted to the patches on that side of 0 of the first component that the
-             border has less of; the others are black. `share`: % of the variance. (P1, P2)
-cost         Of the model's size, every variant: parameters; GFLOPs of a picture, by torch's counter
-             and by formula; time of a forward pass and of a training step (forward, backward) over
-             plain's in the same round; what the forward pass keeps for the backward one, MiB a
-             picture, and on a GPU the peak of a step. (P1: +8 % parameters, +0 % FLOPs)
+             `auc_cls`, and of the first principal component, the better of its two signs, `auc_pc`.
+             Colour alone can do it: look at --network untrained, too. `miou`, %: the block's linear
+             probe, from eval.json, where `eval_dense.py RUN --tasks seg --layer BLOCK` was run.
+             Wants masks: scenes, voc, pairs; --background says what is not foreground. (P2;
+             formulas ours)
+degradation  The teacher's online probe in log.jsonl: each metric over steps, best, last, and what
+             was lost since the best, in its unit. (P2, dense degradation)
+pca          Eight pictures, then a column a model: three principal components of the last block's
+             patches as RGB, fitted to all --pictures, in the order and with the signs that are most
+             like the first model's. --foreground: fitted to the patches on that side of 0 of the
+             first component that the border has less of; others are black. `share`: % of the
+             variance. (P1, P2)
+cost         Each model, and every variant of its size: parameters; GFLOPs of a picture, by torch's
+             counter and by formula; time of a forward pass and of a training step (forward,
+             backward) over plain's in the same round; what the forward pass keeps for the backward
+             one, MiB a picture, and on a GPU the peak of a step. (P1: +8 % parameters, +0 % FLOPs)
 """
 
 import argparse
@@ -51,7 +55,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
@@ -59,15 +63,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import ImageDraw  # comes with torchvision
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+except ImportError:  # numbers alone
+    Figure = None
 
 import clsspec
 import eval_dense
 from clsspec import ViT
-from eval_dense import Scenes, bar, class_iou, confusion, normalise, versions
+from eval_dense import Scenes, bar, normalise, versions
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "cost")
 POINTS = ("before norm", "after norm", "attention", "after attention")
@@ -155,8 +166,9 @@ def attention(step: Step) -> dict[str, Tensor]:
         return {}
     kept, w, start = {}, step.attention.float(), step.first + step.bias
     entropy, support = torch.special.entr(w).sum(-1), (w > 0).float().sum(-1)  # (B, H, queries)
-    if step.cls:
-        kept |= {"cls_entropy": entropy[:, :, 0], "cls_support": support[:, :, 0]}
+    nothing = torch.full_like(entropy[:, :, 0], math.nan)  # where there is no [CLS]
+    kept["cls_entropy"] = entropy[:, :, 0] if step.cls else nothing
+    kept["cls_support"] = support[:, :, 0] if step.cls else nothing
     w = w[:, :, step.first:]  # patches ask; in CaiT's last blocks none does: NaN
     at = torch.cartesian_prod(*(torch.arange(n, device=w.device) for n in step.grid)).float()
     seen, far = w[..., start:], torch.cdist(at, at)[: w.shape[2]]
@@ -165,7 +177,7 @@ def attention(step: Step) -> dict[str, Tensor]:
              "distance": ((seen * far).sum(-1) / seen.sum(-1)).nanmean(-1)}
     mass = 100 * w.mean(2)  # (B, H, keys)
     kept["to_bias"] = mass[..., : step.bias].sum(-1)
-    kept["to_cls"] = mass[..., step.bias] if step.cls else mass[..., 0] * math.nan
+    kept["to_cls"] = mass[..., step.bias] if step.cls else nothing
     kept["to_registers"] = mass[..., step.bias + step.cls : start].sum(-1)
     return kept
 
@@ -186,7 +198,7 @@ def features(step: Step) -> dict[str, Tensor]:
 def survey(model: ViT, img: Tensor, measures, batch: int = 8) -> dict[str, dict]:
     """Walk uint8 pictures (n, 3, H, W) through a model -> {measure: {name: [a tensor a block]}}."""
     kept, device = defaultdict(lambda: defaultdict(list)), next(model.parameters()).device
-    parts = img.split(batch) if measures else ()
+    parts = img.split(batch)
     for part in bar(parts, "walking", len(parts)):
         for i, step in enumerate(walk(model, normalise(part.to(device) / 255))):
             for measure in measures:
@@ -216,14 +228,14 @@ def dimension_numbers(model: ViT, kept: dict) -> dict[str, list]:
     layers = [block.norm1 for block in model.blocks] + [model.norm]
     both = [(n.cls, n.patch) if isinstance(n, clsspec.Specialised) else (n, n) for n in layers]
     gains = [[n.weight.detach().float().cpu() for n in pair] for pair in both]
-    out["cls gain"], out["patch gain"] = ([g.tolist() for g in side] for side in zip(*gains))
     out["gains_cosine"] = [F.cosine_similarity(*pair, dim=0).item() for pair in gains]
-    for i, who in enumerate(("cls", "patch")):
-        for whose in ("cls", "patch"):
-            top = [torch.tensor(v).topk(max(len(v) // 10, 1)).indices
-                   for v in out[f"before norm {whose}"]]
-            out[f"{who} gain on {whose} dims"] = [pair[i].abs()[t].mean().item()
-                                                  for pair, t in zip(gains, top)]
+    for who, gain in zip(("cls", "patch"), zip(*gains)):
+        out[f"{who} gain"] = [g.tolist() for g in gain]
+        out[f"gain on {who} dims"] = []
+        for g, size in zip(gain, map(torch.tensor, out[f"before norm {who}"])):
+            top = size.topk(max(len(size) // 10, 1)).indices
+            known = size.isfinite().all()  # CaiT has no [CLS] at first
+            out[f"gain on {who} dims"].append(g.abs()[top].mean().item() if known else math.nan)
     return out
 
 
@@ -260,22 +272,6 @@ def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, l
     return x @ axes.flip(1)[:, :k], (100 * size.flip(0)[:k] / size.sum()).tolist()
 
 
-def ridge(x: Tensor, labels: Tensor, classes: int) -> float:
-    """mIoU, %, of patches (P, N, D) with labels (P, N), 255 ignored: least squares to one-hot
-    classes, from even pictures to odd ones and back."""
-    table = torch.zeros(classes, classes)
-    for fold in (0, 1):
-        test = torch.arange(len(x)) % 2 == fold
-        seen = x[~test][labels[~test] != 255].double()
-        scale = lambda v: F.pad((v - seen.mean(0)) / (seen.std(0) + 1e-6), (0, 1), value=1)
-        a, y = scale(seen), F.one_hot(labels[~test][labels[~test] != 255], classes).double()
-        damping = 0.001 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        weight = torch.linalg.solve(a.T @ a + damping, a.T @ y)
-        guess = (scale(x[test].double()) @ weight).argmax(-1)
-        table += confusion(guess[:, None], labels[test][:, None], classes).sum(0)
-    return 100 * class_iou(table).nanmean().item()
-
-
 def patch_labels(mask: Tensor, grid, classes: int) -> Tensor:
     """Class maps (P, H, W), 255 ignored -> the commonest class of each patch (P, N), 255: none."""
     patches = rearrange(mask.long(), "p (h a) (w b) -> p (h w) (a b)", h=grid[0], w=grid[1])
@@ -283,29 +279,49 @@ def patch_labels(mask: Tensor, grid, classes: int) -> Tensor:
     return torch.where(pixels.sum(-1) > 0, pixels.argmax(-1), 255)
 
 
-def foreground_numbers(kept: dict, labels: Tensor, objects: int) -> dict[str, list]:
-    """See `foreground` at the top. labels: (P, N), 255 ignored; classes from `objects` on are in
-    front. Pictures that have only one of both count for miou alone."""
-    out, front, known = defaultdict(list), labels >= objects, labels != 255
-    both = [i for i in range(len(labels)) if len(front[i][known[i]].unique()) == 2]
+def foreground_numbers(kept: dict, labels: Tensor, background: tuple) -> dict[str, list]:
+    """See `foreground` at the top. labels: (P, N) classes, 255 ignored. Pictures with only one of
+    foreground and background do not count; NaN if none is left."""
+    known = labels != 255
+    front = known & ~torch.isin(labels, torch.tensor(background))
+    both = [i for i in range(len(labels)) if front[i].any() and (known & ~front)[i].any()]
 
     def mean(score):
         aucs = [auc(score[i][known[i]], front[i][known[i]]) for i in both]
         return sum(aucs) / len(aucs) if aucs and not score.isnan().any() else math.nan
 
-    for x, cosine in zip(kept["patches"], kept["cosine"]):
-        pc = mean(components(x, 1)[0][..., 0])
-        out["auc_cls"].append(mean(cosine))
-        out["auc_pc"].append(max(pc, 1 - pc))
-        out["miou"].append(ridge(x, labels, int(labels[known].max()) + 1))
-    return dict(out)
+    pcs = [mean(components(x, 1)[0][..., 0]) for x in kept["patches"]]
+    return {"auc_cls": list(map(mean, kept["cosine"])), "auc_pc": [max(p, 1 - p) for p in pcs]}
+
+
+def probes(folder: Path, network: str, data: str, depth: int) -> list[float]:
+    """mIoU of each block's linear probe in eval.json, with the data set's own protocol but for the
+    layer; NaN where there is none."""
+    out = [math.nan] * depth
+    for name, result in read_json(folder / "eval.json").items():
+        used, which, *options = name.split()
+        free = all(option.startswith(("tasks=", "layer=")) for option in options)
+        if (used, which) == (network, data) and free and "miou" in result:
+            out[(result["protocol"]["layer"] or depth) - 1] = result["miou"]
+    return out
+
+
+def read_json(file: Path) -> dict:
+    """{} if there is no such file. ValueError: damaged."""
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as err:
+        raise ValueError(f"{file} is damaged ({err}); make it anew") from None
 
 
 def degradation(run: Path) -> dict[str, dict]:
     """Metrics of the online probe in a run's log.jsonl: steps and values, best, last, and what was
     lost since the best (in the metric's unit, 0 or more). ValueError: no log, no probe in it."""
     log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    try:
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    except ValueError as err:
+        raise ValueError(f"{log} is damaged ({err})") from None
     out = {}
     for name in eval_dense.METRICS:
         found = [(line["step"], line[name]) for line in lines if name in line]
@@ -334,20 +350,24 @@ def foreground(x: Tensor, h: int, w: int) -> Tensor:
 
 def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], list[list[float]]]:
     """Features (P, N, D) of the same P pictures by several models -> three principal components of
-    each as colours (P, 3, h, w) in [0, 1], with the first model's signs; and their shares."""
+    each as colours (P, 3, h, w) in [0, 1], in the order and with the signs that are most like the
+    first model's (its own: skewed towards the positive); and their shares of the variance, %."""
     colours, shares, like = [], [], None
     for x, (h, w) in zip(models, grids):
         keep = foreground(x, h, w) if front else torch.ones(x.shape[:2], dtype=torch.bool)
         pc, share = components(x, 3, keep)
         pc = rearrange(pc, "p (h w) c -> c p h w", h=h)
-        like = pc**3 if like is None else like  # the first's: skewed towards the positive
-        pc = pc * (pc * F.interpolate(like, (h, w))).sum((1, 2, 3), keepdim=True).sign()
-        like = pc if not colours else like
+        if like is None:
+            like = pc * (pc**3).sum((1, 2, 3), keepdim=True).sign()
+        a, b = (F.normalize(v.flatten(1), dim=1) for v in (F.interpolate(like, (h, w)), pc))
+        cosine = a @ b.T  # (3, 3)
+        order = list(max(permutations(range(3)), key=lambda o: cosine[range(3), o].abs().sum()))
+        pc = pc[order] * cosine[range(3), order].sign()[:, None, None, None]
         low, high = pc.flatten(2)[:, keep.view(len(x), -1)].quantile(
             torch.tensor([0.01, 0.99]).double(), dim=1)[..., None, None, None]
-        colour = ((pc - low) / (high - low)).clamp(0, 1) * keep.view(len(x), h, w)
+        colour = ((pc - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * keep.view(len(x), h, w)
         colours.append(colour.transpose(0, 1).float())
-        shares.append(share)
+        shares.append([share[i] for i in order])
     return colours, shares
 
 
@@ -384,16 +404,17 @@ def kept_mib(model: ViT, img: Tensor) -> float:
     return sum(kept[at].nbytes() for at in kept.keys() - weights) / 2**20
 
 
-def cost(cfg: clsspec.Config, side: int, batch: int, seconds: float, device: str,
+def cost(given: dict[str, clsspec.Config], side: int, batch: int, seconds: float, device: str,
          compiled: bool) -> dict[str, dict]:
-    """Every variant of a size. Round after round, until the time is used, each takes its turn; a
-    ratio is of times in one round, and is given with its quartiles."""
-    plain = replace(cfg, spec=(), spec_blocks=None, spec_rank=0, registers=0, attn="softmax",
-                    registers_path="patch", attn_bias=False, class_attn=0, drop_path=0.0)
+    """Models of one size, and every variant of it. Round after round, until the time is used, each
+    takes its turn; a ratio is of times in one round, and is given with its quartiles."""
+    given = {name: replace(c, drop_path=0.0) for name, c in given.items()}
+    plain = replace(next(iter(given.values())), spec=(), spec_blocks=None, spec_rank=0, registers=0,
+                    registers_path="patch", attn="softmax", attn_bias=False, class_attn=0)
     img, cuda = torch.randn(batch, 3, side, side, device=device), device != "cpu"
     out, models, times = {}, {}, defaultdict(list)
-    for name, changes in VARIANTS.items():
-        variant = clsspec.checked(replace(plain, **changes))
+    variants = {name: clsspec.checked(replace(plain, **v)) for name, v in VARIANTS.items()}
+    for name, variant in (variants | given).items():
         models[name] = ViT(variant).to(device)  # and then shares plain's weights: less memory
         models[name].load_state_dict(models["plain"].state_dict(), strict=False, assign=True)
         out[name] = counts(variant, side) | {"kept_mib": kept_mib(models[name], img) / batch}
@@ -439,47 +460,66 @@ def cost(cfg: clsspec.Config, side: int, batch: int, seconds: float, device: str
 # Two groups of runs.
 
 
+def numbers_of(run: Path) -> dict[str, dict[str, float]]:
+    """{result: {metric: number}} of a run: its eval.json, and means over blocks of what is in its
+    analysis.json."""
+    out = {name: {k: result[k] for k in eval_dense.METRICS if k in result}
+           for name, result in read_json(run / "eval.json").items()}
+    for what, found in read_json(run / "analysis.json").items():
+        for model in [*found.get("models", {}).values()] if what in BLOCKS else ():
+            values = {k: [v for v in model[k] if v is not None] for k in BLOCKS[what] if k in model}
+            found = {k: sum(map(level, v)) / len(v) for k, v in values.items() if v}
+            out[f"{what}, mean over blocks"] = found
+    return out
+
+
 def compare(a: str, b: str) -> dict[str, dict]:
-    """Two patterns of run folders -> for every result in all their eval.json and every metric: mean
-    of b - a over pairs of equal seeds, with a 95 % interval (Student's t). ValueError: no pairs."""
+    """Two patterns of run folders -> for every number that all runs have, the mean of b - a over
+    pairs of equal seeds, with a 95 % interval (Student's t). ValueError: no pairs, nothing shared.
+    """
     groups = []
     for pattern in (a, b):
         runs = {}
-        for folder in map(Path, sorted(glob.glob(pattern))):
-            if not (folder / "eval.json").exists():
-                raise ValueError(f"no {folder}/eval.json; make it: python eval_dense.py {folder}")
-            seed = json.loads((folder / "config.json").read_text())["args"]["seed"]
+        for folder in filter(Path.is_dir, map(Path, sorted(glob.glob(pattern)))):
+            seed = read_json(folder / "config.json").get("args", {}).get("seed")
+            if seed is None:
+                raise ValueError(f"{folder}/config.json names no seed: not a run of train.py")
             if seed in runs:
                 raise ValueError(f"{pattern!r} has two runs of seed {seed}; a pair needs one each")
-            runs[seed] = json.loads((folder / "eval.json").read_text())
+            runs[seed] = numbers_of(folder)
         groups.append(runs)
     seeds = sorted(groups[0].keys() & groups[1].keys())
     if not seeds:
         raise ValueError(f"no pairs: seeds of {a!r} are {sorted(groups[0])}, of {b!r} "
                          f"{sorted(groups[1])}; quote the patterns, train both with equal --seed")
+    every = [group[seed] for group in groups for seed in seeds]
     out = {"seeds": seeds, "left out": sorted(groups[0].keys() ^ groups[1].keys()), "results": {}}
-    names = set.intersection(*(set(group[s]) for group in groups for s in seeds))
-    for name in sorted(names):
-        for metric in eval_dense.METRICS:
-            if all(metric in group[s][name] for group in groups for s in seeds):
+    for name in every[0]:
+        for metric in every[0][name]:
+            if all(metric in run.get(name, ()) for run in every):
                 x, y = (torch.tensor([g[s][name][metric] for s in seeds]).double() for g in groups)
                 out["results"].setdefault(name, {})[metric] = interval(x, y)
+    if not out["results"]:
+        has = [", ".join(run) or "nothing" for run in every]
+        raise ValueError(f"the {len(every)} runs share no number: in eval.json the first has "
+                         f"{has[0]}, the last {has[-1]}; judge all in the same way: "
+                         "python eval_dense.py RUN")
     return out
 
 
 def interval(a: Tensor, b: Tensor) -> dict:
     """Values of n pairs -> means, mean difference b - a and its 95 % interval; none if n = 1."""
     d, n = b - a, len(a)
-    half = T95[min(n - 1, 31) - 1] * (d.std() / n**0.5).item() if n > 1 else math.nan
+    half = T95[min(n - 1, 30) - 1] * (d.std() / n**0.5).item() if n > 1 else math.nan
     mean = d.mean().item()
     return {"a": a.mean().item(), "b": b.mean().item(), "difference": mean, "n": n,
             "low": mean - half, "high": mean + half}
 
 
-# Student's t, two-sided 95 %, 1 to 30 degrees of freedom; then the limit, which is a little wide.
+# Student's t, two-sided 95 %, 1 to 30 degrees of freedom; the last serves for more, a little wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-       2.052, 2.048, 2.045, 2.042, 2.042)
+       2.052, 2.048, 2.045, 2.042)
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures. A group is one panel of a figure and a few columns of a table: title, unit,
@@ -489,15 +529,15 @@ GROUPS = {
     "cosines": [(point, "cosine", {"[CLS]-patch": f"{point} cls_patch",
                                    "patch-patch": f"{point} patch_patch"}) for point in POINTS],
     "dimensions": [
-        ("dimensions shared by [CLS] and patches", "overlap", {
+        ("shared by [CLS] and patches", "overlap", {
             "before norm": "before norm overlap", "after norm": "after norm overlap"}),
-        ("gain of norm1, on whose largest dimensions", "mean |gain|", {
-            "[CLS], own": "cls gain on cls dims", "[CLS], patch": "cls gain on patch dims",
-            "patch, [CLS]": "patch gain on cls dims", "patch, own": "patch gain on patch dims"})],
+        ("gain of norm1 on largest dims", "mean |gain|", {
+            "of [CLS]": "gain on cls dims", "of patches": "gain on patch dims"}),
+        ("[CLS]'s and patches'", "cosine of gains", {"cosine": "gains_cosine"})],
     "norms": [("norm of patches", "L2 norm", {"median": "median", "99th perc.": "p99",
                                               "largest": "largest"}),
-              ("outliers, above 3 medians", "%", {"of patches": "outliers",
-                                                  "on border": "on_border"})],
+              ("outliers", "% of patches", {"> 3 medians": "outliers"}),
+              ("on the border", "% of outliers", {"on border": "on_border"})],
     "attention": [
         ("entropy", "nats", {"patches": "entropy", "[CLS]": "cls_entropy"}),
         ("support", "keys with a weight", {"patches": "support", "[CLS]": "cls_support"}),
@@ -506,9 +546,11 @@ GROUPS = {
                                               "to bias": "to_bias"})],
     "foreground": [("foreground or background", "area under ROC", {"cos to [CLS]": "auc_cls",
                                                                    "first PC": "auc_pc"}),
-                   ("classes, ridge regression", "mIoU, %", {"patches": "miou"})],
-    "degradation": [(name, text.split()[-1] if " " in text else "share", {name: name})
-                    for name, text in eval_dense.METRICS.items()]}
+                   ("linear probe", "mIoU, %", {"mIoU": "miou"})],
+    "degradation": [(f"{name} of the teacher", text.split()[-1] if " " in text else "ratio",
+                     {name: name}) for name, text in eval_dense.METRICS.items()]}
+BLOCKS = {what: [key for *_, lines in groups for key in lines.values()]
+          for what, groups in GROUPS.items() if what != "degradation"}
 
 
 def level(value) -> float:
@@ -527,87 +569,96 @@ def table(what: str, results: dict[str, dict]) -> None:
             continue
         titles, labels, columns = "", "", []
         for title, _, lines in GROUPS[what]:
-            titles += f"  {title[: 12 * len(lines) - 2]:{12 * len(lines) - 2}}"
-            labels += "".join(f"{label[:11]:>12}" for label in lines)
-            columns += [numbers[key] for key in lines.values()]
+            width = max(14 * len(lines), len(title) + 3)
+            titles += f"{title:>{width}}"
+            labels += "".join(f"{label:>14}" for label in lines).rjust(width)
+            columns += [(numbers[key], width - 14 * (len(lines) - 1) if i == 0 else 14)
+                        for i, key in enumerate(lines.values())]
         print(f"  block{titles}\n       {labels}")
-        for i in range(max(map(len, columns))):
-            cells = [f"{level(v[i]):12.3f}" if i < len(v) else " " * 12 for v in columns]
+        for i in range(max(len(v) for v, _ in columns)):
+            cells = [f"{level(v[i]):{w}.3f}" if i < len(v) else " " * w for v, w in columns]
             print(f"  {i + 1:5}{''.join(cells)}")
 
 
-COLOURS, LINES = ("#0072B2", "#D55E00", "#009E73", "#444444"), ("-", "--", ":", "-.")
+def style(i: int) -> dict:
+    """How the line of model i looks: 16 differ, the first four without colour, too."""
+    lines, colours = ("-", "--", ":", "-."), ("#0072B2", "#D55E00", "#009E73", "#444444")
+    return {"linestyle": lines[(i + i // 4) % 4], "color": colours[i % 4]}
 
 
-def canvas(panels: int, columns: int):
-    """A figure and its axes; None, None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None, None
+def canvas(panels: int, columns: int, **more):
+    """A figure of matplotlib and its axes."""
     rows = -(-panels // columns)
-    fig = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False).flatten()
+    fig = Figure(figsize=(5.2 * columns, 3.2 * rows + 0.4), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, **more).flatten()
     for ax in axes[panels:]:
         ax.set_visible(False)
     return fig, axes
 
 
-def draw(path: Path, what: str, results: dict[str, dict]) -> bool:
-    """The table as a PNG: a model is a style of line, a quantity a marker, a head a dot; then, for
-    `dimensions`, two panels a model. False without matplotlib."""
+def draw(path: Path, what: str, results: dict[str, dict]) -> None:
+    """The table as a PNG: a line is a model, a marker a quantity, a dot a head of the first one."""
     there = set().union(*results.values())
     groups = [group for group in GROUPS[what] if there & set(group[2].values())]
-    profiles = [*product(PROFILES, results.items())] if what == "dimensions" else []
-    fig, axes = canvas(len(groups) + len(profiles), max(2, len(results) if profiles else 0))
-    if not fig:
-        return False
+    fig, axes = canvas(len(groups), min(len(groups), 2), sharey=what == "cosines")
     for ax, (title, unit, lines) in zip(axes, groups):
-        for (i, (model, numbers)), (j, (label, key)) in product(
-                enumerate(results.items()), enumerate(lines.items())):
+        every = product(enumerate(results.values()), enumerate(lines.values()))
+        for (i, numbers), (j, key) in every:
             y = numbers.get(key, ())
             x, y = (y["steps"], y["values"]) if "steps" in y else (range(1, 1 + len(y)), y)
             if not len(y) or (j and not any(map(level, y))):  # no registers, no bias
                 continue
-            label = f"{model}: {label}" if len(lines) > 1 else model
-            ax.plot(x, list(map(level, y)), LINES[i % 4], color=COLOURS[i % 4], marker="os^D"[j],
-                    label=label, markersize=4, markerfacecolor="white" if j else None)
+            ax.plot(x, list(map(level, y)), marker="os^"[j], markersize=4, **style(i),
+                    markerfacecolor="white" if j else None)
             heads = [(at, v) for at, block in zip(x, y) if isinstance(block, list) for v in block]
-            ax.scatter([at for at, _ in heads], [v for _, v in heads], s=3, color=COLOURS[i % 4])
-        last = ", then final norm" if what in ("cosines", "dimensions") else ""
-        ax.set(title=title, ylabel=unit, xlabel="step" if what == "degradation" else "block" + last)
+            if not j:
+                ax.plot([at for at, _ in heads], [v for _, v in heads], ".", markersize=2,
+                        color=style(i)["color"])
+        ax.set(title=title, ylabel=unit, xlabel="step" if what == "degradation" else "block")
+        if what in ("cosines", "dimensions") and title not in POINTS[2:]:
+            norm = max(len(n[key]) for n in results.values())
+            ticks = range(1, norm, 2 if norm < 20 else 4)
+            ax.set_xticks([*ticks, norm], [*map(str, ticks), "final\nnorm"])
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
-    for ax, ((kind, title, scale), (model, n)) in zip(axes[len(groups):], profiles):
-        i = max((len(n["gains_cosine"]) - 1) // 3 - 1, 0)  # the last block of the first third
+        if len(lines) > 1:
+            ax.legend(fontsize=7, handles=[
+                Line2D([], [], color="black", linestyle="", marker="os^"[j], label=label,
+                       markerfacecolor="white" if j else None) for j, label in enumerate(lines)])
+    fig.legend(loc="outside lower center", ncols=4, fontsize=8, handles=[
+        Line2D([], [], label=name, **style(i)) for i, name in enumerate(results)])
+    fig.savefig(path, dpi=110)
+
+
+def draw_gains(path: Path, results: dict[str, dict]) -> None:
+    """A column a model: |activation| and gain, dimension by dimension, in the last block of the
+    first third (in CaiT the first with a [CLS])."""
+    fig, axes = canvas(2 * len(results), len(results))
+    for k, (ax, (model, n)) in enumerate(zip(axes, [*results.items()] * 2)):
+        gain, known = k >= len(results), [math.isfinite(v) for v in n["before norm overlap"]]
+        i = max((len(known) - 1) // 3 - 1, known.index(True))
         order = torch.tensor(n["before norm patch"][i]).argsort(descending=True).tolist()
-        for who, label, style in (("cls", "[CLS]", ":k."), ("patch", "patches", "-")):
-            values = n[kind.format(who)][i]
-            ax.plot([values[d] for d in order], style, linewidth=1, markersize=4, label=label)
-        ax.set(title=f"{model}, block {i + 1}", ylabel=title, yscale=scale,
+        for who, label, look in (("cls", "[CLS]", ":k."), ("patch", "patches", "-")):
+            values = n[f"{who} gain" if gain else f"before norm {who}"][i]
+            ax.plot([values[d] for d in order], look, linewidth=1, markersize=4, label=label)
+        ax.set(title=f"{model}, block {i + 1}", yscale="linear" if gain else "log",
+               ylabel="gain of norm1" if gain else "mean |activation| before norm1",
                xlabel="dimension, in the order of patches' activation")
         ax.legend(fontsize=7)
     fig.savefig(path, dpi=110)
-    return True
 
 
-PROFILES = (("before norm {}", "mean |activation| before norm1", "log"),
-            ("{} gain", "gain of norm1", "linear"))
-
-
-def intervals(path: Path, panels: dict[str, list], mark: float) -> bool:
-    """A PNG of intervals: {title with unit: [(name, low, middle, high)]}, a line at `mark`."""
+def draw_intervals(path: Path, panels: dict[str, list], mark: float) -> None:
+    """{title with unit: [(name, low, middle, high)]} -> a panel each, with a line at `mark`."""
     fig, axes = canvas(len(panels), min(len(panels), 2))
-    for ax, (title, rows) in zip(axes, panels.items()) if fig else ():
+    for ax, (title, rows) in zip(axes, panels.items()):
         names, low, middle, high = zip(*rows[::-1])
         y, middle = range(len(names)), torch.tensor(middle)
         spread = torch.stack([middle - torch.tensor(low), torch.tensor(high) - middle])
         ax.errorbar(middle, y, xerr=spread.nan_to_num(), fmt="ko", capsize=4)
         ax.axvline(mark, color="#0072B2", linestyle="--")
-        ax.set(yticks=y, yticklabels=names, xlabel=title, ylim=(-0.7, len(names) - 0.3))
-    if fig:
-        fig.savefig(path, dpi=110)
-    return bool(fig)
+        ax.set(yticks=y, yticklabels=names, title=title, ylim=(-0.7, len(names) - 0.3))
+        ax.title.set_size(9)
+    fig.savefig(path, dpi=110)
 
 
 def cost_table(model: str, numbers: dict[str, dict]) -> None:
@@ -635,7 +686,7 @@ def paper_setting() -> str:
 
 
 def comparison_table(a: str, b: str, found: dict) -> None:
-    print(f"{b} minus {a}, {len(found['seeds'])} pairs, seeds {found['seeds']}"
+    print(f"{b} minus {a}, paired over seeds {found['seeds']}"
           + (f", without {found['left out']}" if found["left out"] else ""))
     for name, metrics in found["results"].items():
         print(f"  {name}")
@@ -645,8 +696,10 @@ def comparison_table(a: str, b: str, found: dict) -> None:
             elif r["low"] <= 0 <= r["high"]:
                 verdict = "no difference measured: the interval contains zero"
             else:
-                verdict = "better" if (r["difference"] < 0) == (metric in LOWER) else "worse"
-            print(f"    {metric:7}{r['a']:9.3f} -> {r['b']:8.3f}  {r['difference']:+8.3f} "
+                better = (r["difference"] < 0) == (metric in LOWER)
+                verdict = "better" if better else "worse"
+                verdict = verdict if metric in eval_dense.METRICS else "a difference"
+            print(f"    {metric:28}{r['a']:9.3f} -> {r['b']:8.3f}  {r['difference']:+8.3f} "
                   f"[{r['low']:+.3f}, {r['high']:+.3f}]  {verdict}")
 
 
@@ -662,32 +715,39 @@ def fit(x: Tensor, size: int, how=TF.InterpolationMode.BILINEAR) -> Tensor:
     return TF.center_crop(TF.resize(x, [size], how, antialias=True), [size])
 
 
-def pictures(args, size: int):
-    """uint8 (n, 3, size, size), class masks (n, size, size) or None, and the first class that is
-    foreground. ValueError: what is missing."""
+def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
+    """uint8 (n, 3, size, size), and class masks (n, size, size), 255 ignored, if there are any.
+    ValueError: what is missing."""
     n = args.pictures
     if args.data == "scenes":
         scenes = Scenes("test", size)(torch.arange(n))
-        return scenes["image"], scenes["mask"], 4  # after sky and grounds
+        return scenes["image"], scenes["mask"]
     if args.data in ("voc", "pairs"):
         protocol = replace(eval_dense.PROTOCOLS[args.data], tasks=("seg",))
         data = eval_dense.open_set(args.data, args.root, protocol, 1, "cpu")[1]
         rows = data.rows[:: max(len(data.rows) // n, 1)][:n]
-        img = torch.stack([fit(eval_dense.decode(row["image"], "RGB"), size) for row in rows])
-        masks = [data.mask(row["mask"])[None] for row in rows if "mask" in row]
-        masks = torch.stack([fit(m, size, NEAREST)[0] for m in masks]) if masks else None
-        return img, None if masks is None or masks.min() == 255 else masks, 1
-    kinds = (".jpg", ".jpeg", ".png", ".webp")
-    files = sorted(f for f in Path(args.data).rglob("*") if f.suffix.lower() in kinds)
+        masks = [fit(data.mask(r["mask"])[None], size, NEAREST)[0] for r in rows if "mask" in r]
+        files, masks = [r["image"] for r in rows], torch.stack(masks) if masks else None
+    else:
+        kinds = (".jpg", ".jpeg", ".png", ".webp")
+        files = sorted(f for f in Path(args.data).rglob("*") if f.suffix.lower() in kinds)
+        files, masks = files[:: max(len(files) // n, 1)][:n], None
     if not files:
         raise ValueError(f"--data {args.data}: neither scenes, voc or pairs, nor a folder with "
                          "pictures (jpg, png, webp)")
-    files = files[:: max(len(files) // n, 1)][:n]
-    return torch.stack([fit(eval_dense.decode(f, "RGB"), size) for f in files]), None, 1
+    return torch.stack([fit(eval_dense.decode(f, "RGB"), size) for f in files]), masks
 
 
-def default_size(c: clsspec.Config) -> int:
-    return max(8, min(16, c.image_size // c.patch)) * c.patch
+def picture_size(args, name: str, c: clsspec.Config) -> int:
+    size = args.image_size or max(8, min(16, c.image_size // c.patch)) * c.patch
+    if size % c.patch:
+        raise ValueError(f"--image-size {size} is no multiple of {c.patch}, the patch of {name}; try "
+                         f"{max(round(size / c.patch), 1) * c.patch}")
+    return size
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def parse(argv) -> argparse.Namespace:
@@ -695,7 +755,7 @@ def parse(argv) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("models", nargs="*", help="run folders, checkpoints, files of public weights")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="patterns of run folders; quote")
-    p.add_argument("--what", default=",".join(WHAT), help="comma list (default: %(default)s)")
+    p.add_argument("--what", type=words, default=WHAT, help="comma list of the above; default: all")
     p.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
                    help="(default: teacher)")
     g = p.add_argument_group("pictures")
@@ -705,6 +765,8 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--pictures", type=eval_dense.count, default=64, help="how many (default: 64)")
     g.add_argument("--image-size", type=eval_dense.count, help="side, pixels; default: the model's "
                    "own, but at least 8 and at most 16 patches")
+    g.add_argument("--background", type=words, help="numbers of classes, comma list; default: 0, "
+                   "of scenes 0,1,2,3: sky and grounds")
     g.add_argument("--foreground", action="store_true", help="pca: of the foreground alone")
     g = p.add_argument_group("cost")
     g.add_argument("--batch-size", type=eval_dense.count,
@@ -713,7 +775,7 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
-    g.add_argument("--out", help="folder; default: the first model's")
+    g.add_argument("--out", help="folder; default: see above")
     return p.parse_args(argv)
 
 
@@ -726,100 +788,145 @@ def tidy(x):
     return x if not isinstance(x, float) else float(f"{x:.5g}") if math.isfinite(x) else None
 
 
-def run(args) -> None:
-    made = {"command": "python " + " ".join(sys.argv), "versions": versions()}
-    note = "no matplotlib here, so no plots; python -m pip install matplotlib for them"
-    if args.compare:
-        found, file = compare(*args.compare), Path(args.compare[1]).parent / "analysis.json"
-        comparison_table(*args.compare, found)
-        file = Path(args.out) / "analysis.json" if args.out else file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        eval_dense.record(file, "compare " + " ".join(args.compare), tidy(found | {"made": made}))
-        panels = {f"{metric}, second minus first": [
-            (name, *(found["results"][name][metric][k] for k in ("low", "difference", "high")))
-            for name in found["results"] if metric in found["results"][name]]
-            for metric in eval_dense.METRICS}
-        panels = {title: rows for title, rows in panels.items() if rows}
-        return print("" if intervals(file.with_name("compare.png"), panels, 0) else note)
+def sheet(path: Path, columns: dict[str, Tensor]) -> None:
+    """{title: pictures (P, 3, ., .)} -> a PNG, a column each, 128 pixels wide."""
+    tiles = [TF.resize(c[i], [128, 128], NEAREST)
+             for i in range(len(next(iter(columns.values())))) for c in columns.values()]
+    img = TF.to_pil_image(F.pad(make_grid(tiles, len(columns)), (0, 0, 14, 0)))
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(img).text((4 + 130 * i, 1), title[-20:])
+    img.save(path)
 
-    what = set(args.what.split(","))
-    if unknown := what - set(WHAT):
+
+def run_compare(args) -> None:
+    found, (a, b) = compare(*args.compare), args.compare
+    comparison_table(a, b, found)
+    out = Path(args.out or os.path.commonpath([os.path.dirname(f) for p in (a, b)
+                                               for f in glob.glob(p)]) or ".")
+    out.mkdir(parents=True, exist_ok=True)
+    eval_dense.record(out / "analysis.json", f"compare {a} {b}", tidy(found | made(args)))
+    panels = {}
+    for name, metrics in found["results"].items():
+        for metric, r in metrics.items() if "untrained" not in name else ():
+            unit = eval_dense.METRICS.get(metric, "{}").split("}")[1].strip()
+            title = f"{metric}{', ' * bool(unit)}{unit}: second minus first, 95 %, n = {r['n']}"
+            row = name, r["low"], r["difference"], r["high"]
+            if metric in eval_dense.METRICS:
+                panels.setdefault(title, []).append(row)
+    if Figure and panels:
+        draw_intervals(out / "compare.png", panels, 0)
+    finish(out)
+
+
+def made(args) -> dict:
+    return {"made": {"command": "python " + " ".join(sys.argv), "versions": versions()}}
+
+
+def finish(out: Path) -> None:
+    more = "; no plots, as there is no matplotlib: python -m pip install matplotlib"
+    print(f"\nnumbers and pictures: {out}" + ("" if Figure else more))
+
+
+def run(args) -> None:
+    if args.compare and not args.models:
+        return run_compare(args)
+    if unknown := set(args.what) - set(WHAT):
         raise ValueError(f"--what: unknown {', '.join(unknown)}; choose from {', '.join(WHAT)}")
-    if not args.models:
-        raise ValueError("give a run folder or weights, as in: python analyze.py runs/NAME")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
+    if args.compare or not args.models:
+        raise ValueError("give run folders or weights, as in: python analyze.py runs/NAME; or "
+                         "--compare and nothing else")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {args.device}: torch sees no such here; give --device cpu")
     files = [Path(m) / "last.pt" if Path(m).is_dir() else Path(m) for m in args.models]
     names = [f.parent.name if f.name == "last.pt" else f.stem for f in files]
-    names = names if len(set(names)) == len(names) else args.models
+    if len(set(names)) < len(names):
+        names = ["/".join(f.parts[-3:]).removesuffix("/last.pt") for f in files]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(args.models)}: the same model twice; name each once")
     models = {n: clsspec.load(f, args.network).to(args.device) for n, f in zip(names, files)}
-    out, results, sheets, plotted = Path(args.out or files[0].parent), defaultdict(dict), {}, True
-    out.mkdir(parents=True, exist_ok=True)
-    made |= {k: getattr(args, k) for k in ("data", "pictures", "network", "device")}
+    sizes = {n: picture_size(args, n, m.config) for n, m in models.items()}
+    grids = {n: (sizes[n] // m.config.patch,) * 2 for n, m in models.items()}
+    results, imgs, last = defaultdict(dict), {}, {}
+    background = tuple(map(int, args.background or "0123"[: 4 if args.data == "scenes" else 1]))
 
-    def keep(w):
-        eval_dense.record(out / "analysis.json", w, {"made": made, "models": tidy(results[w])})
-
-    measures = [m for m in (cosines, dimensions, norms, attention) if m.__name__ in what]
-    measures += [features] if what & {"foreground", "pca"} else []
+    measures = [m for m in (cosines, dimensions, norms, attention) if m.__name__ in args.what]
+    measures += [features] if {"foreground", "pca"} & set(args.what) else []
     for (name, model), file in zip(models.items(), files):
-        size = args.image_size or default_size(model.config)
-        grid = size // model.config.patch, size // model.config.patch
-        img, mask, objects = pictures(args, size) if measures else (None, None, 0)
-        kept = survey(model, img, measures)
-        for w in ("cosines", "attention"):
-            if w in what:
-                results[w][name] = means(kept[w])
-        if "dimensions" in what:
-            results["dimensions"][name] = dimension_numbers(model, kept["dimensions"])
-        if "norms" in what:
-            results["norms"][name] = norm_numbers(kept["norms"], grid)
-        if "foreground" in what and mask is None:
-            print("foreground: left out, it wants masks: --data scenes, voc or pairs")
-        elif "foreground" in what:
-            labels = patch_labels(mask, grid, 1 + int(mask[mask != 255].max()))
-            results["foreground"][name] = foreground_numbers(kept["features"], labels, objects)
-        if "degradation" in what:
-            try:
-                results["degradation"][name] = degradation(file.parent)
-            except ValueError as err:
-                print(f"degradation: left out, {err}")
-        if "pca" in what:
-            sheets[name] = img[:8], kept["features"]["patches"][-1][:8], grid
-        del kept
+        if measures:
+            imgs[name], mask = pictures(args, sizes[name])
+            kept = survey(model, imgs[name], measures)
+        for what in args.what:
+            if what in ("cosines", "attention"):
+                results[what][name] = means(kept[what])
+            elif what == "dimensions":
+                results[what][name] = dimension_numbers(model, kept[what])
+            elif what == "norms":
+                results[what][name] = norm_numbers(kept[what], grids[name])
+            elif what == "foreground" and (mask is None or mask.min() == 255):
+                print("foreground: left out, it wants masks: --data scenes, voc or pairs")
+            elif what == "foreground":
+                labels = patch_labels(mask, grids[name], 1 + int(mask[mask != 255].max()))
+                found = foreground_numbers(kept["features"], labels, background)
+                miou = probes(file.parent, args.network, args.data, model.config.depth)
+                results[what][name] = found | {"miou": miou}
+            elif what == "degradation":
+                try:
+                    results[what][name] = degradation(file.parent)
+                except ValueError as err:
+                    print(f"degradation: left out, {err}")
+            elif what == "pca":
+                last[name] = kept["features"]["patches"][-1]
+        kept = None  # less memory for the next
 
-    for w in (w for w in WHAT if results[w]):
-        table(w, results[w])
-        keep(w)
-        plotted &= draw(out / f"{w}.png", w, results[w])
-    if sheets:
-        imgs, x, grids = zip(*sheets.values())
-        colours, shares = rgb(x, grids, args.foreground)
-        tiles = [TF.resize(c[i], [128, 128], NEAREST) for i in range(len(imgs[0]))
-                 for c in (imgs[0] / 255, *colours)]
-        save_image(torch.stack(tiles), out / "pca.png", nrow=1 + len(colours))
-        results["pca"] = {name: {"share": share} for name, share in zip(sheets, shares)}
+    home = files[0].parent if files[0].name == "last.pt" else Path("runs") / files[0].stem
+    out = Path(args.out or home)
+    out.mkdir(parents=True, exist_ok=True)
+    how = {k: getattr(args, k) for k in ("data", "root", "network", "device", "foreground")}
+    how |= {"pictures": {n: len(v) for n, v in imgs.items()}, "pixels": sizes, "grids": grids}
+
+    def keep(what):
+        found = {"made": made(args)["made"] | how, "models": tidy(results[what])}
+        eval_dense.record(out / "analysis.json", what, found)
+
+    if len(set(grids.values())) > 1:
+        print(f"note: patches lie on grids of other sizes, {grids}: attention does not compare")
+    for what in (w for w in WHAT if results[w]):
+        table(what, results[what])
+        keep(what)
+        if Figure:
+            draw(out / f"{what}.png", what, results[what])
+    if Figure and results["dimensions"]:
+        draw_gains(out / "gains.png", results["dimensions"])
+    if last:
+        colours, shares = rgb([*last.values()], [*grids.values()], args.foreground)
+        columns = {"picture": imgs[names[0]] / 255} | dict(zip(last, colours))
+        sheet(out / "pca.png", {k: v[:8] for k, v in columns.items()})
+        results["pca"] = {name: {"share": share} for name, share in zip(last, shares)}
         keep("pca")
-        print("\npca: columns of pca.png are the picture, then, with the share of its components, "
-              + ", ".join(f"{k} {sum(v):.0f} %" for k, v in zip(sheets, shares)))
-    if "cost" in what:
+        print("\npca: the three components have, of the variance, "
+              + ", ".join(f"{sum(v):.0f} % ({k})" for k, v in zip(last, shares)))
+    if "cost" in args.what:
         print(paper_setting())
-        sizes = {}
+        same, panels = defaultdict(dict), {}
         for name, model in models.items():
             c = model.config
-            sizes.setdefault((c.width, c.depth, c.heads, c.patch, c.mlp_ratio), (name, c))
-        for name, c in sizes.values():
-            size = args.image_size or default_size(c)
-            most = 32 if args.device != "cpu" else 20e9 / clsspec.flops(c, size, size)
+            key = c.width, c.depth, c.heads, c.patch, c.mlp_ratio, bool(c.layerscale)
+            same[key][name] = c
+        for given in same.values():
+            name, c = next(iter(given.items()))
+            most = 32 if args.device != "cpu" else 20e9 / clsspec.flops(c, sizes[name], sizes[name])
             batch = args.batch_size or min(32, max(1, int(most)))
-            found = cost(c, size, batch, args.seconds, args.device, args.compile)
-            cost_table(f"{name} at {size} px, batch {batch}", found)
+            found = cost(given, sizes[name], batch, args.seconds, args.device, args.compile)
+            cost_table(f"{name} at {sizes[name]} px, batch {batch}", found)
             results["cost"][name] = found
-            rows = [(variant, *n["step_ratio"]) for variant, n in found.items()]
-            title = {f"time of a training step / plain's, size of {name}": rows}
-            plotted &= intervals(out / "cost.png", title, 1)
+            panels[f"time of a training step / plain's: median and quartiles, size of {name}"] = [
+                (variant, *n["step_ratio"]) for variant, n in found.items()]
         keep("cost")
-    print(f"\nnumbers and pictures: {out}" + ("" if plotted else f"; {note}"))
+        if Figure:
+            draw_intervals(out / "cost.png", panels, 1)
+    if not any(results.values()):
+        raise ValueError("nothing was measured")
+    finish(out)
 
 
 def main(argv=None) -> None:

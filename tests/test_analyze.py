@@ -77,14 +77,13 @@ def test_a_model_of_disjoint_dimensions():
     norm = 2 / 0.5**0.5  # gain 2, standard deviation sqrt(1 / 2)
     assert d["after norm patch"][0] == pytest.approx([0.0] * 16 + [norm] * 16, abs=1e-4)
     assert d["gains_cosine"][:3] == pytest.approx([1] * 3)
-    assert d["cls gain on cls dims"][0] == d["patch gain on cls dims"][0] == 2.0
+    assert d["gain on cls dims"][0] == d["gain on patch dims"][0] == 2.0
     clsspec.specialize(model, ("norms",))
     with torch.no_grad():
         model.blocks[0].norm1.cls.weight[:16] = 5.0
-        model.blocks[0].norm1.patch.weight[:16] = 0.0
+        model.blocks[0].norm1.patch.weight[16:] = 3.0
     d = analyze.dimension_numbers(model, survey(model, img, [analyze.dimensions])["dimensions"])
-    expected = {"cls gain on cls dims": 5, "cls gain on patch dims": 2, "patch gain on cls dims": 0,
-                "patch gain on patch dims": 2, "gains_cosine": 64 / math.sqrt(16 * 29 * 64)}
+    expected = {"gain on cls dims": 5, "gain on patch dims": 3, "gains_cosine": 16 / math.sqrt(29 * 13)}
     assert {k: d[k][0] for k in expected} == pytest.approx(expected)
 
 
@@ -143,7 +142,7 @@ def test_attention_that_is_one_hot():
     assert a == pytest.approx({"entropy": 0, "support": 1, "cls_entropy": 0, "cls_support": 1, "to_bias": 0, "to_cls": 50,
                                "to_registers": 0, "distance": (math.sqrt(2) + 1) / 2})
     no_cls = analyze.attention(step(attention=w[:, :, 1:, 1:], first=0, cls=False))
-    assert no_cls["to_cls"].isnan().all() and "cls_entropy" not in no_cls
+    assert all(no_cls[k].isnan().all() for k in ("to_cls", "cls_entropy", "cls_support"))
 
 
 def test_entmax_models_look_at_fewer_keys():
@@ -180,16 +179,28 @@ def test_foreground_that_is_planted():
     x[..., 1] += labels % 3 == 1
     cosine = torch.where(front, 0.9, 0.1)
     labels[0, :5] = 255
-    n = analyze.foreground_numbers({"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}, labels, 3)
-    assert n["auc_cls"] == [1, 0] and n["auc_pc"][0] == 1 and n["miou"][0] > 99
-    assert 0.5 <= n["auc_pc"][1] < 0.6 and n["miou"][1] < 40
-    one_class = analyze.foreground_numbers({"patches": [x], "cosine": [cosine]}, torch.zeros(6, 64).long(), 3)
+    cosine[0, :5] = -1  # of patches without a class
+    labels[5] = 3  # all in front: does not count
+    n = analyze.foreground_numbers({"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}, labels, (0, 1))
+    assert n["auc_cls"] == [1, 0] and n["auc_pc"][0] == 1 and 0.5 <= n["auc_pc"][1] < 0.6
+    one_class = analyze.foreground_numbers({"patches": [x], "cosine": [cosine]}, torch.zeros(6, 64).long(), (0, 1))
     assert math.isnan(one_class["auc_cls"][0])
 
 
-def test_ridge_tests_on_pictures_it_has_not_seen():
-    labels = torch.arange(2)[:, None].expand(2, 4).contiguous()  # a class is in one half of the pictures only
-    assert analyze.ridge(torch.randn(2, 4, 3), labels, 2) == 0
+def test_probes_are_read_from_eval_json(tmp_path):
+    def result(miou, layer):
+        return {"miou": miou, "protocol": {"layer": layer}}
+
+    (tmp_path / "eval.json").write_text(json.dumps({
+        "teacher scenes tasks=seg,depth": result(30.0, None), "teacher scenes tasks=seg layer=2": result(20.0, 2),
+        "teacher scenes layer=1 seed=3": result(9.0, 1), "untrained scenes layer=1": result(8.0, 1),
+        "teacher voc layer=1": result(7.0, 1), "teacher scenes tasks=knn layer=1": {"knn": 5.0, "protocol": {"layer": 1}}}))
+    found = analyze.probes(tmp_path, "teacher", "scenes", 3)
+    assert math.isnan(found[0]) and found[1:] == [20, 30]
+    assert all(map(math.isnan, analyze.probes(tmp_path / "none", "teacher", "scenes", 2)))
+    (tmp_path / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match="eval.json is damaged"):
+        analyze.probes(tmp_path, "teacher", "scenes", 3)
 
 
 def test_degradation_finds_the_peak(tmp_path):
@@ -214,16 +225,22 @@ def test_components_are_the_axes_of_largest_variance():
     assert share == pytest.approx([100 * 81 / 91, 100 * 9 / 91], rel=0.2)
 
 
-def test_colours_have_the_first_models_signs():
+def test_colours_are_in_the_first_models_order_and_signs():
     torch.manual_seed(0)
-    x = torch.randn(3, 16, 6) * torch.tensor([9.0, 5, 2, 0.1, 0.1, 0.1])
-    mirrored = -x @ torch.linalg.qr(torch.randn(6, 6))[0]
-    coarse = x.view(3, 2, 2, 2, 2, 6).mean((2, 4)).view(3, 4, 6)
-    a, b, c = analyze.rgb([x, mirrored, coarse], [(4, 4), (4, 4), (2, 2)], False)[0]
-    assert a.shape == b.shape == (3, 3, 4, 4) and c.shape == (3, 3, 2, 2) and a.min() == 0 and a.max() == 1
+    x = torch.randn(48, 6)
+    x = torch.linalg.qr(x - x.mean(0))[0]  # uncorrelated, mean 0
+    x = x.view(3, 16, 6) * torch.tensor([9.0, 5, 2, 0.1, 0.1, 0.1])
+    turned = -x @ torch.linalg.qr(torch.randn(6, 6))[0]
+    other = x * torch.tensor([0.3, -1, 1, 1, 1, 1])  # now the second component is the largest
+    fine = x.view(3, 4, 4, 6).repeat_interleave(2, 1).repeat_interleave(2, 2).view(3, 64, 6)
+    (a, b, c, d), shares = analyze.rgb([x, turned, other, fine], [(4, 4), (4, 4), (4, 4), (8, 8)], False)
+    assert a.shape == b.shape == (3, 3, 4, 4) and d.shape == (3, 3, 8, 8) and a.min() == 0 and a.max() == 1
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    red = torch.nn.functional.avg_pool2d(a, 2)[:, 0].flatten()
-    assert torch.corrcoef(torch.stack([red, c[:, 0].flatten()]))[0, 1] > 0.5
+    torch.testing.assert_close(a, c, atol=1e-4, rtol=0)
+    torch.testing.assert_close(a, torch.nn.functional.avg_pool2d(d, 2), atol=0.05, rtol=0)  # quantiles differ a little
+    assert shares[0][0] > shares[0][1] > shares[0][2] and shares[2][1] > shares[2][0] > shares[2][2]
+    assert shares[0] == pytest.approx([100 * v / 110.03 for v in (81, 25, 4)])
+    assert all(v.isfinite().all() for v in analyze.rgb([torch.ones(2, 4, 3)], [(2, 2)], False)[0])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -257,8 +274,10 @@ def test_memory_kept_grows_with_the_batch_and_leaves_out_weights():
 
 def test_cost_of_every_variant():
     cfg = clsspec.config("nano", **TINY, spec=("qkv",), spec_rank=2)
-    found = analyze.cost(cfg, 32, 2, 0.0, "cpu", False)
-    assert found.keys() == {*analyze.VARIANTS, "plain again"}
+    found = analyze.cost({"mine": cfg, "other": clsspec.replace(cfg, spec_rank=4)}, 32, 2, 0.0, "cpu", False)
+    assert found.keys() == {*analyze.VARIANTS, "mine", "other", "plain again"}
+    added = [found[k]["parameters"] - found["plain"]["parameters"] for k in ("mine", "other")]
+    assert added == [2 * (32 + 96), 4 * (32 + 96)]  # in one block of three
     assert found["plain"]["step_ratio"] == found["plain"]["forward_ratio"] == [1, 1, 1]
     assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
     assert all(n["rounds"] == 3 and n["step_ms"] > 0 < n["step_ratio"][1] for n in found.values())
@@ -284,12 +303,13 @@ def test_compare_pairs_seeds_and_says_when_zero_is_inside(tmp_path, capsys):
     runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2)})
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     text = capsys.readouterr().out
-    assert "3 pairs, seeds [0, 1, 2], without [7]" in text and "only" not in text
+    assert "paired over seeds [0, 1, 2], without [7]" in text and "only" not in text
     lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("    ")}
     assert lines["miou"].endswith("better") and "+2.033" in lines["miou"]
     assert lines["rmse"].endswith("worse") and lines["knn"].endswith("no difference measured: the interval contains zero")
     saved = json.loads((tmp_path / "analysis.json").read_text())
     (key, found), = saved.items()
+    assert not any("*" in str(f.name) for f in tmp_path.iterdir())
     assert key.startswith("compare ") and found["results"]["teacher scenes"]["miou"]["n"] == 3 and found["made"]["command"]
 
 
@@ -299,13 +319,33 @@ def test_compare_says_what_is_missing(tmp_path):
     both = ["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")]
     with pytest.raises(SystemExit, match=r"no pairs: seeds of .* are \[0\], of .* \[1\]"):
         analyze.main(both)
-    (tmp_path / "a-0" / "eval.json").rename(tmp_path / "e")
-    with pytest.raises(SystemExit, match="no .*a-0/eval.json; make it: python eval_dense.py"):
+    runs(tmp_path, "b", {0: {"miou": 1}}, "teacher voc")
+    with pytest.raises(SystemExit, match="2 runs share no number: .* first has teacher scenes, only a, the last teacher voc"):
         analyze.main(both)
-    (tmp_path / "e").rename(tmp_path / "a-0" / "eval.json")
-    runs(tmp_path, "a-again", {0: {"miou": 1}})
-    with pytest.raises(SystemExit, match="two runs of seed 0"):
+    (tmp_path / "a-0" / "eval.json").write_text("{")
+    with pytest.raises(SystemExit, match="a-0/eval.json is damaged"):
         analyze.main(both)
+    (tmp_path / "a-0.txt").write_text("a log, not a run")
+    runs(tmp_path, "b-again", {0: {"miou": 1}})
+    with pytest.raises(SystemExit, match="b-.* has two runs of seed 0"):
+        analyze.main(["--compare", str(tmp_path / "b-0"), str(tmp_path / "b-*")])
+    (tmp_path / "a-0" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="a-0/config.json names no seed"):
+        analyze.main(both)
+
+
+def test_compare_knows_what_was_analysed(tmp_path, capsys):
+    for name, more in (("a", 0.0), ("b", 0.25)):
+        runs(tmp_path, name, {s: {"miou": 1.0} for s in (0, 1)})
+        for s in (0, 1):
+            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7]], "x": [1.0]}
+            (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": {"models": {"m": numbers}}}))
+    found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks"]
+    assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}
+    assert found["before norm cls_patch"]["a"] == pytest.approx(0.2) and found["after norm patch_patch"]["b"] == pytest.approx(0.6)
+    assert found["before norm cls_patch"]["difference"] == pytest.approx(0.25)
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "a difference" in capsys.readouterr().out
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -329,13 +369,13 @@ def test_everything_of_two_runs(trained, capsys, monkeypatch):
     text, saved = capsys.readouterr().out, json.loads((trained / "both" / "analysis.json").read_text())
     assert saved.keys() == set(analyze.WHAT)
     assert all(saved[w]["models"].keys() == {"plain", "spec"} for w in set(analyze.WHAT) - {"degradation", "cost"})
-    assert saved["pca"]["made"]["versions"]["torch"] and saved["pca"]["made"]["pictures"] == 4
+    assert saved["pca"]["made"]["versions"]["torch"] and saved["pca"]["made"]["pictures"] == {"plain": 4, "spec": 4}
     assert len(saved["attention"]["models"]["spec"]["support"]) == 12
     assert all(f"\n{w}: plain" in text for w in ("cosines", "dimensions", "norms", "attention", "foreground"))
     assert "best   22.000 at step 2" in text and "degradation: left out" in text and "no online probe" in text
     sheet = Image.open(trained / "both" / "pca.png")
-    assert sheet.size == (2 + 3 * 130, 2 + 4 * 130)
-    figures = {f"{w}.png" for w in analyze.WHAT}
+    assert sheet.size == (2 + 3 * 130, 14 + 2 + 4 * 130)
+    figures = {f"{w}.png" for w in (*analyze.WHAT, "gains")}
     made = {f.name for f in (trained / "both").glob("*.png")}
     if importlib.util.find_spec("matplotlib"):
         assert made == figures and "no matplotlib" not in text
@@ -343,17 +383,48 @@ def test_everything_of_two_runs(trained, capsys, monkeypatch):
         assert made == {"pca.png"} and "python -m pip install matplotlib" in text
 
 
+def test_class_attention_has_no_cls_at_first(tmp_path):
+    train.main(QUICK + ["--class-attn", "2", "--attn-bias", "--out", str(tmp_path / "cait")])
+    analyze.main([str(tmp_path / "cait"), "--what", "cosines,dimensions,norms,attention,foreground,pca", "--pictures", "3"])
+    saved = {w: v["models"]["cait"] for w, v in json.loads((tmp_path / "cait" / "analysis.json").read_text()).items()}
+    for what, key in (("cosines", "before norm cls_patch"), ("dimensions", "gain on cls dims"), ("attention", "cls_entropy"),
+                      ("attention", "to_cls"), ("foreground", "auc_cls"), ("dimensions", "before norm overlap")):
+        values = saved[what][key]
+        assert len(values) in (12, 13)
+        missing = [v is None or v == [None] * len(v) if not isinstance(v, float) else False for v in values]
+        assert missing[:10] == [True] * 10 and (key == "to_cls" or not any(missing[10:])), key
+    assert all(len(v) == 12 for v in saved["attention"].values())
+
+
+def test_models_of_two_sizes(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(clsspec.SIZES, "tiny", (48, 3, 3, 4))
+    train.main(QUICK + ["--size", "tiny", "--patch", "4", "--out", str(tmp_path / "tiny")])
+    sizes = []
+    monkeypatch.setattr(analyze, "cost", lambda given, side, *_: sizes.append((list(given), side)) or {
+        k: dict.fromkeys(("parameters", "gflops_counted", "gflops", "kept_mib", "rounds", "forward_ms", "step_ms"), 1.0)
+        | {"forward_ratio": [1, 1, 1], "step_ratio": [1, 1, 1]} for k in ("plain", *given)})
+    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), str(trained / "spec"), "--what", "attention,pca,cost",
+                  "--pictures", "2", "--image-size", "32", "--out", str(tmp_path / "both")])
+    assert sizes == [(["plain", "spec"], 32), (["tiny"], 32)]
+    saved = json.loads((tmp_path / "both" / "analysis.json").read_text())
+    assert saved["pca"]["made"]["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4]}
+    assert saved["cost"]["models"].keys() == {"plain", "tiny"} and saved["pca"]["made"]["pictures"]["tiny"] == 2
+    assert "attention does not compare" in capsys.readouterr().out
+
+
 def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, capsys):
     torch.save(clsspec.load(trained / "plain" / "last.pt").state_dict(), tmp_path / "dino.pth")
     for i in range(3):
         Image.new("RGB", (40 + i, 50), (i * 80, 9, 9)).save(tmp_path / f"{i}.png")
     analyze.main([str(tmp_path / "dino.pth"), "--what", "cosines,foreground,degradation,pca", "--data", str(tmp_path),
-                  "--image-size", "32", "--network", "student"])
+                  "--image-size", "32", "--network", "student", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert "cosines: dino" in text and "it wants masks" in text and "no online probe" in text
     saved = json.loads((tmp_path / "analysis.json").read_text())
-    assert saved.keys() == {"cosines", "pca"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 2 + 3 * 130)
-    analyze.main([str(tmp_path / "dino.pth"), "--what", "norms", "--data", str(tmp_path), "--image-size", "32"])
+    assert saved.keys() == {"cosines", "pca"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 16 + 3 * 130)
+    assert saved["pca"]["made"]["pictures"] == {"dino": 3}
+    analyze.main([str(tmp_path / "dino.pth"), "--what", "norms,", "--data", str(tmp_path / "1.png").replace("1.png", ""),
+                  "--image-size", "32", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "analysis.json").read_text()).keys() == {"cosines", "pca", "norms"}
 
 
@@ -370,11 +441,17 @@ def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
                   "--image-size", "32", "--out", str(tmp_path)])
     numbers = json.loads((tmp_path / "analysis.json").read_text())["foreground"]["models"]["plain"]
     assert len(numbers["auc_pc"]) == 12 and all(0.5 <= v <= 1 for v in numbers["auc_pc"])
+    analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
+                  "--image-size", "32", "--out", str(tmp_path), "--background", "0,1"])
+    saved = json.loads((tmp_path / "analysis.json").read_text())["foreground"]
+    assert saved["models"]["plain"]["auc_pc"] == [None] * 12 and saved["made"]["root"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "give a run folder or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
-    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no GPU here")])
+    ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
+    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no such here"),
+    (["x", "--device", "gpu"], "--device gpu: torch sees no such here"), (["x", "--compare", "a", "b"], "--compare and nothing else"),
+    (["x", "--what", "cost,size"], "unknown size")])
 def test_errors_say_what_to_do(flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         return
@@ -386,10 +463,14 @@ def test_errors_of_pictures(trained, tmp_path):
     model = str(trained / "plain")
     with pytest.raises(SystemExit, match="neither scenes, voc or pairs, nor a folder with pictures"):
         analyze.main([model, "--data", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="33 x 33 px: both sides must be multiples of the patch"):
+    with pytest.raises(SystemExit, match="--image-size 33 is no multiple of 8, the patch of plain; try 32"):
         analyze.main([model, "--what", "cosines", "--image-size", "33"])
     with pytest.raises(SystemExit, match="--data pairs wants in --root"):
         analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="the same model twice"):
+        analyze.main([model, model])
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        analyze.main([str(trained / "spec"), "--what", "degradation"])
 
 
 def test_numbers_are_json_that_anyone_can_read():

@@ -741,8 +741,9 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
 def picture_size(args, name: str, c: clsspec.Config) -> int:
     size = args.image_size or max(8, min(16, c.image_size // c.patch)) * c.patch
     if size % c.patch:
-        raise ValueError(f"--image-size {size} is no multiple of {c.patch}, the patch of {name}; try "
-                         f"{max(round(size / c.patch), 1) * c.patch}")
+        fits = max(round(size / c.patch), 1) * c.patch
+        raise ValueError(f"--image-size {size} is no multiple of {c.patch}, the patch of {name}; "
+                         f"try {fits}")
     return size
 
 

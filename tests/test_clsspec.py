@@ -129,6 +129,17 @@ def test_low_rank_cls_copy_learns():
     torch.testing.assert_close(qkv(x)[:, 1:], qkv.patch(x[:, 1:]), atol=1e-12, rtol=0)
 
 
+def test_low_rank_copies_differ_and_leave_the_random_numbers_alone():
+    torch.manual_seed(0)
+    model = ViT(config("nano", **TINY, spec=("qkv",), spec_blocks=2, spec_rank=2))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    ViT(config("nano", **TINY))
+    assert torch.equal(after, torch.rand(3))
+    downs = [model.blocks[i].attn.qkv.cls[0].weight for i in (0, 1)]
+    assert not torch.equal(*downs) and all(d.std() > 0 for d in downs)
+
+
 def test_which_blocks_are_specialised():
     for where, expected in (("first", [True, False, False]), ("last", [False, False, True])):
         model = specialize(vit(), ("norms", "qkv"), blocks=1, where=where)

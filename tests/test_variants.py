@@ -320,6 +320,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     torch.save(state, tmp_path / "v2.pth")
     with pytest.raises(ValueError, match="nobody knows its untrained network"):
         clsspec.load(tmp_path / "v2.pth", "untrained")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # torch's format before 1.6
+    assert clsspec.load(tmp_path / "old.pth").config.width == 128
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth is no checkpoint that torch can load .it is a list"):
         clsspec.load(tmp_path / "list.pth")

@@ -467,9 +467,10 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
            for name, result in read_json(run / "eval.json").items()}
     for what, found in read_json(run / "analysis.json").items():
         for model in [*found.get("models", {}).values()] if what in BLOCKS else ():
-            values = {k: [v for v in model[k] if v is not None] for k in BLOCKS[what] if k in model}
-            found = {k: sum(map(level, v)) / len(v) for k, v in values.items() if v}
-            out[f"{what}, mean over blocks"] = found
+            flat = {k: [v for block in model.get(k, ()) for v in
+                        (block if isinstance(block, list) else [block]) if v is not None]
+                    for k in BLOCKS[what]}
+            out[f"{what}, mean over blocks"] = {k: sum(v) / len(v) for k, v in flat.items() if v}
     return out
 
 

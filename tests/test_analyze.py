@@ -338,7 +338,7 @@ def test_compare_knows_what_was_analysed(tmp_path, capsys):
     for name, more in (("a", 0.0), ("b", 0.25)):
         runs(tmp_path, name, {s: {"miou": 1.0} for s in (0, 1)})
         for s in (0, 1):
-            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7]], "x": [1.0]}
+            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7], [None, None]], "x": [1.0]}
             (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": {"models": {"m": numbers}}}))
     found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks"]
     assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}

@@ -32,6 +32,8 @@ def test_the_walk_is_the_forward_pass(changes):
     model, img = vit(**changes), torch.randn(2, 3, 24, 40, dtype=torch.float64)
     steps, out = list(walk(model, img)), model(img)
     assert len(steps) == 4 and steps[-1].attention is None and steps[0].grid == (3, 5)
+    assert torch.equal(steps[-1].points["before norm"], steps[-2].out)
+    assert torch.equal(steps[-1].points["after norm"], steps[-1].out)
     torch.testing.assert_close(steps[-1].out[:, 0], out["cls"], atol=1e-9, rtol=0)
     torch.testing.assert_close(steps[-1].out[:, steps[-1].first:], out["patches"], atol=1e-9, rtol=0)
     for i, s in enumerate(steps[:3]):
@@ -101,6 +103,44 @@ def test_cosines_of_tokens_with_given_angles():
     assert without["before norm cls_patch"].isnan().all()
 
 
+def test_what_is_kept_of_a_step_equals_loops():
+    """Tokens [CLS, register, 2 x 3 patches] that differ at every point; attention bias in front of the keys."""
+    torch.manual_seed(0)
+    points = {p: torch.randn(2, 8, 4) for p in POINTS}
+    out, final, w = torch.randn(2, 8, 4), torch.randn(2, 8, 4), torch.rand(2, 3, 8, 9)
+    w = w * (w > 0.3)
+    s = Step(points, out, final, w, 2, True, 1, (2, 3))
+    for point in POINTS[:2]:
+        kept = analyze.dimensions(s)
+        torch.testing.assert_close(kept[f"{point} cls"], points[point][:, 0].abs())
+        torch.testing.assert_close(kept[f"{point} patch"], sum(points[point][:, i].abs() for i in range(2, 8)) / 6)
+    assert analyze.norms(s)["norm"][1, 2].item() == pytest.approx(math.hypot(*out[1, 4].tolist()))
+    f = analyze.features(s)
+    assert torch.equal(f["patches"], final[:, 2:].half())
+    expected = [torch.dot(final[1, 0], final[1, i]) / final[1, 0].norm() / final[1, i].norm() for i in range(2, 8)]
+    torch.testing.assert_close(f["cosine"][1], torch.stack(expected))
+    a, row = analyze.attention(s), w[1, 2]  # picture 1, head 2
+    entropy = [-sum(v * math.log(v) for v in q if v) for q in row.tolist()]
+    support = [sum(v > 0 for v in q) for q in row.tolist()]
+    far = [[math.hypot(i // 3 - j // 3, i % 3 - j % 3) for j in range(6)] for i in range(6)]
+    distance = [sum(v * d for v, d in zip(q[3:], far[i])) / sum(q[3:]) for i, q in enumerate(row.tolist()[2:])]
+    mean = lambda v: sum(v) / len(v)
+    expected = {"entropy": mean(entropy[2:]), "support": mean(support[2:]), "cls_entropy": entropy[0], "cls_support": support[0],
+                "distance": mean(distance), "to_bias": 100 * row[2:, 0].mean().item(), "to_cls": 100 * row[2:, 1].mean().item(),
+                "to_registers": 100 * row[2:, 2].mean().item()}
+    assert {k: v[1, 2].item() for k, v in a.items()} == pytest.approx(expected, rel=1e-5)
+    none = {**analyze.dimensions(step(cls=False)), **analyze.features(step(attention=w[:1, :, :5], cls=False))}
+    assert none["before norm cls"].isnan().all() and none["cosine"].isnan().all()
+
+
+def test_the_survey_normalises_pictures_and_keeps_their_order():
+    model, img = vit().float(), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    kept = survey(model, img, [analyze.norms], batch=2)["norms"]["norm"]
+    whole = [s.out[:, 1:].norm(dim=-1) for s in walk(model, train.normalise(img / 255))]
+    for block in range(3):
+        torch.testing.assert_close(kept[block], whole[block], atol=1e-3, rtol=1e-4)
+
+
 def test_overlap_by_hand():
     assert analyze.overlap(torch.tensor([3.0, 1, 0]), torch.tensor([2.0, 0, 2])) == pytest.approx(0.5)
     assert analyze.overlap(torch.tensor([3.0, 1]), torch.tensor([6.0, 2])) == pytest.approx(1)
@@ -118,6 +158,18 @@ def test_outliers_of_patch_norms():
     assert n["median"] == [2.0] and n["largest"] == [100.0]
     assert n["outliers"] == pytest.approx([100 * 2 / 18]) and n["on_border"] == pytest.approx([50])
     assert n["map"] == [[[50, 0, 0], [0, 50, 0], [0, 0, 0]]]
+    many = torch.arange(1, 1002).float().repeat(6, 1).T.reshape(1001, 6)  # 1 to 1001, six times each
+    n = analyze.norm_numbers({"norm": [many]}, (2, 3))
+    assert n["p99"] == [991] and n["quantiles"] == [pytest.approx([11, 51, 251, 501, 751, 951])]
+    corner = torch.ones(2, 12)
+    corner[1, 3] = 9  # row 0, column 3 of 3 x 4
+    n = analyze.norm_numbers({"norm": [corner]}, (3, 4))
+    assert n["map"] == [[[0, 0, 0, 50], [0] * 4, [0] * 4]] and n["on_border"] == [100]
+    inside = torch.ones(1, 12)
+    inside[0, 6] = 9
+    assert analyze.norm_numbers({"norm": [inside]}, (3, 4))["on_border"] == [0]
+    uneven = torch.cat([torch.ones(1, 9), torch.full((1, 9), 3.5)])  # the median is of all pictures together
+    assert analyze.norm_numbers({"norm": [uneven]}, (3, 3))["outliers"] == [50]
     none = analyze.norm_numbers({"norm": [torch.ones(2, 9)]}, (3, 3))
     assert none["outliers"] == [0] and math.isnan(none["on_border"][0])
 
@@ -223,6 +275,12 @@ def test_components_are_the_axes_of_largest_variance():
     for i, axis in enumerate((1, 2)):
         assert torch.corrcoef(torch.stack([pc[..., i].flatten(), x[..., axis].flatten().double()]))[0, 1].abs() > 0.99
     assert share == pytest.approx([100 * 81 / 91, 100 * 9 / 91], rel=0.2)
+    keep = torch.zeros(4, 50, dtype=torch.bool)
+    keep[1] = True  # there the third dimension is the largest, about a mean of its own
+    x[1] = torch.randn(50, 5) * torch.tensor([1.0, 0, 5, 0, 0]) - 3
+    pc, share = analyze.components(x, 1, keep)
+    assert torch.corrcoef(torch.stack([pc[0, :, 0], x[0, :, 2].double()]))[0, 1].abs() > 0.95
+    assert pc[1].mean().abs() < 1e-6 < pc.mean().abs() and share[0] > 90
 
 
 def test_colours_are_in_the_first_models_order_and_signs():
@@ -249,7 +307,13 @@ def test_foreground_is_what_the_border_has_less_of(sign):
     inside[1:3, 1:3] = 1
     x = (sign * 9 * inside.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 16, 4))
     assert torch.equal(analyze.foreground(x, 4, 4), inside.flatten().bool().expand(2, -1))
+    wide = torch.zeros(3, 5)
+    wide[1, 1:4] = 1
+    y = sign * 9 * wide.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 15, 4)
+    assert torch.equal(analyze.foreground(y, 3, 5), wide.flatten().bool().expand(2, -1))
     colour, = analyze.rgb([x], [(4, 4)], True)[0]
+    shown = colour[:, :, 1:3, 1:3]  # scaled by what is shown, not by what is black
+    assert shown.amin() == 0 and shown.amax() == 1 and shown.std() > 0.2
     assert (colour[:, :, 0] == 0).all() and (colour[:, :, 1:3, 1:3].amax(1) > 0).all()
 
 
@@ -280,6 +344,14 @@ def test_cost_of_every_variant():
     assert added == [2 * (32 + 96), 4 * (32 + 96)]  # in one block of three
     assert found["plain"]["step_ratio"] == found["plain"]["forward_ratio"] == [1, 1, 1]
     assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
+    base = clsspec.parameters_by_component(clsspec.ViT(clsspec.config("nano", **TINY)))["total"]
+    other = clsspec.config("nano", **TINY, registers=3, attn_bias=True, attn="entmax15", class_attn=1)
+    deep = clsspec.replace(other, depth=12)
+    again = analyze.cost({"other": other, "deep": deep}, 32, 1, 0.0, "cpu", False)
+    assert again["plain"]["parameters"] == found["plain"]["parameters"] == base
+    assert again["plain"]["kept_mib"] == pytest.approx(found["plain"]["kept_mib"], rel=0.1)  # of a picture
+    low, middle, high = again["deep"]["step_ratio"]
+    assert 1.2 < low <= middle <= high and again["deep"]["step_ms"] > 1.2 * again["deep"]["forward_ms"]
     assert all(n["rounds"] == 3 and n["step_ms"] > 0 < n["step_ratio"][1] for n in found.values())
 
 
@@ -289,6 +361,10 @@ def test_interval_by_hand():
     assert (r["a"], r["b"], r["difference"], r["n"]) == (31, 32, 1, 3)
     assert r["high"] - 1 == pytest.approx(4.303 / math.sqrt(3)) == 1 - r["low"]
     assert math.isnan(analyze.interval(a[:1], b[:1])["low"])
+    assert len(analyze.T95) == 30 and list(analyze.T95) == sorted(analyze.T95, reverse=True)
+    assert (analyze.T95[0], analyze.T95[4], analyze.T95[9], analyze.T95[29]) == (12.706, 2.571, 2.228, 2.042)
+    many = torch.tensor([-1.0, 1.0]).double().repeat(50)
+    assert analyze.interval(0 * many, many)["high"] == pytest.approx(2.042 * many.std().item() / 10)
 
 
 def runs(folder, name, results, key="teacher scenes"):
@@ -300,10 +376,10 @@ def runs(folder, name, results, key="teacher scenes"):
 
 def test_compare_pairs_seeds_and_says_when_zero_is_inside(tmp_path, capsys):
     runs(tmp_path, "a", {s: {"miou": 30 + s, "rmse": 1.5, "knn": 40 + s} for s in (0, 1, 2, 7)})
-    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2)})
+    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2, 8)})
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     text = capsys.readouterr().out
-    assert "paired over seeds [0, 1, 2], without [7]" in text and "only" not in text
+    assert "paired over seeds [0, 1, 2], without [7, 8]" in text and "only" not in text
     lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("    ")}
     assert lines["miou"].endswith("better") and "+2.033" in lines["miou"]
     assert lines["rmse"].endswith("worse") and lines["knn"].endswith("no difference measured: the interval contains zero")
@@ -344,6 +420,13 @@ def test_compare_knows_what_was_analysed(tmp_path, capsys):
     assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}
     assert found["before norm cls_patch"]["a"] == pytest.approx(0.2) and found["after norm patch_patch"]["b"] == pytest.approx(0.6)
     assert found["before norm cls_patch"]["difference"] == pytest.approx(0.25)
+    everything = json.loads((tmp_path / "b-1" / "eval.json").read_text())
+    for k, metrics in everything.items():
+        del metrics["miou"]
+        metrics["absrel"] = 0.2
+    (tmp_path / "b-1" / "eval.json").write_text(json.dumps(everything))  # one run lacks one, has another
+    assert "teacher scenes" not in analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]
+    assert {"rmse", "absrel"} == analyze.LOWER
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     assert "a difference" in capsys.readouterr().out
 

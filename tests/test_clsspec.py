@@ -138,6 +138,54 @@ def test_low_rank_copies_differ_and_leave_the_random_numbers_alone():
     assert torch.equal(after, torch.rand(3))
     downs = [model.blocks[i].attn.qkv.cls[0].weight for i in (0, 1)]
     assert not torch.equal(*downs) and all(d.std() > 0 for d in downs)
+    assert (model.blocks[0].attn.qkv.cls[1].weight == 0).all()
+
+
+def test_gradient_of_a_low_rank_copy_by_finite_differences():
+    qkv = specialize(vit(), ("qkv",), blocks=1, rank=2).blocks[0].attn.qkv
+    torch.nn.init.normal_(qkv.cls[1].weight)
+    x = torch.randn(2, 3, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: qkv(x).square().sum(), x, fast_mode=True)
+
+
+def test_weights_start_at_the_sizes_that_are_said():
+    model = ViT(config("nano", **TINY | {"width": 96, "registers": 4, "attn_bias": True}))
+    near = lambda v: pytest.approx(v, rel=0.15)
+    assert model.pos_embed.std().item() == near(0.02) and model.blocks[1].attn.bias_k.std().item() == near(0.02)
+    assert model.register_tokens.std().item() == near(1e-6)
+    assert model.blocks[0].mlp.fc1.weight.std().item() == near(0.04)  # 0.02 sqrt(384 / 96)
+    assert ViT(config("tiny", depth=1, width=768)).blocks[0].mlp.fc1.weight.std().item() == near(0.02)
+
+
+def test_a_branch_is_skipped_picture_by_picture():
+    x = torch.randn(1, 5, 32).expand(64, -1, -1)
+    whole = ViT(config("nano", **TINY, drop_path=1.0, class_attn=1)).train()
+    assert all(torch.equal(block(x), x) for block in whole.blocks)
+    half = ViT(config("nano", **TINY | {"drop_path": 0.5, "layerscale": 1.0})).train().blocks[0](x)
+    assert len({tuple(row) for row in half.flatten(1)[:, :3].tolist()}) == 4  # none, either, both
+
+
+def test_checkpointing_is_for_training(monkeypatch):
+    calls, real = [], clsspec.checkpoint
+    monkeypatch.setattr(clsspec, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
+    model = vit(drop_path=0.0)
+    model.checkpointing = True
+    model.eval()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert not calls
+    model.train()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    assert len(calls) == 3
+
+
+def test_positions_are_added_row_by_row():
+    model, img = vit(), torch.randn(1, 3, 16, 40, dtype=torch.float64)
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    mask[0, 3] = True
+    cls, x = model.embed(img, mask)
+    positions = model.positions(2, 5)
+    bare = model.patch_embed(img)
+    bare[0, 3] = model.mask_token[0]
+    torch.testing.assert_close(x, bare + positions[:, 1:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(cls, model.cls_token + positions[:, :1], atol=1e-12, rtol=0)
 
 
 def test_which_blocks_are_specialised():
@@ -147,6 +195,8 @@ def test_which_blocks_are_specialised():
         assert all(isinstance(b.norm1, clsspec.Specialised) for b in model.blocks)  # norms: in every block
         assert all(isinstance(b.ls2, clsspec.Specialised) for b in model.blocks)
     assert config("large", spec=("qkv",)).spec_blocks == 8  # a third of 24
+    assert [config("nano", spec=(s,)).spec_blocks for s in COMPONENTS] == [0, 4, 4, 4, 0]
+    assert config("nano", spec=("mlp",), spec_blocks=12).spec_blocks == 12
 
 
 def test_parameter_counts_are_the_papers():
@@ -236,6 +286,8 @@ def test_names_are_those_of_dino_and_dinov2():
 @pytest.mark.parametrize("changes, words", [
     (dict(spec=("norm",)), "unknown component 'norm'"), (dict(spec=("qkv",), spec_blocks=13), "outside 0 to 12"),
     (dict(spec=("qkv",), spec_where="middle"), "'middle'"), (dict(spec=("norms",), spec_rank=4), "needs component qkv"),
+    (dict(spec=("qkv",), spec_rank=-1), "spec rank -1 must be >= 0"), (dict(image_size=0), "image size 0"),
+    (dict(class_attn=1, spec=("norms",)), "nothing is left to specialise"),
     (dict(image_size=60), "no multiple of the patch, 8 px; try 64"), (dict(heads=5), "not a multiple of 5 heads")])
 def test_bad_configurations_say_what_to_do(changes, words):
     with pytest.raises(ValueError, match=words):

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import asdict
 from itertools import product
 
 import pytest
@@ -170,6 +171,27 @@ def test_registers_pass_the_weights_of_their_path(path, rows):
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
+def test_every_component_knows_its_rows():
+    for path, rows in (("patch", 1), ("cls", 3)):
+        for rank in (0, 2):
+            model = specialize(vit(registers=2), clsspec.COMPONENTS, blocks=3, rank=rank, registers_path=path)
+            found = {m.rows for m in model.modules() if isinstance(m, clsspec.Specialised)}
+            assert found == {rows} and model.blocks[0].attn.qkv.rank == rank
+
+
+def test_the_bias_is_key_0():
+    attn = vit(attn_bias=True).blocks[0].attn
+    q, k, v = attn.queries_keys_values(torch.randn(2, 5, 32, dtype=torch.float64))
+    assert torch.equal(k[0, :, :1], attn.bias_k[0]) and torch.equal(v[1, :, :1], attn.bias_v[0])
+
+
+def test_a_class_block_by_its_equations():
+    block, x = vit(class_attn=1).blocks[2], torch.randn(2, 6, 32, dtype=torch.float64)
+    cls = x[:, :1] + block.attn(block.norm1(x)) * block.ls1.gamma
+    cls = cls + block.mlp(block.norm2(cls)) * block.ls2.gamma
+    torch.testing.assert_close(block(x), torch.cat([cls, x[:, 1:]], 1), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_variant_starts_as_the_plain_model_of_its_seed(changes):
     states = []
@@ -183,7 +205,11 @@ def test_a_variant_starts_as_the_plain_model_of_its_seed(changes):
     assert all(variant[k].std() > 0 for k in variant.keys() - plain)
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+LOW_RANK = {f"low rank, {path}": dict(registers=2, spec=("qkv",), spec_rank=2, registers_path=path) for path in ("patch", "cls")}
+FLOPS = VARIANTS | LOW_RANK | {"narrow": dict(mlp_ratio=2.5)}
+
+
+@pytest.mark.parametrize("changes", FLOPS.values(), ids=FLOPS)
 def test_flops_of_variants_equal_torchs_counter(changes):
     model = ViT(config("nano", **TINY, **changes))
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -303,6 +329,52 @@ def test_public_weights_load_and_compute_the_same(name, tmp_path):
     before = tokens(ours.double(), img.double())
     after = tokens(specialize(ours, ("norms", "qkv")), img.double())
     torch.testing.assert_close(after, before, atol=1e-12, rtol=0)
+
+
+def test_wrappings_and_shapes_of_weights():
+    model, state, _ = layouts()["DINOv2 with registers"]
+    wrapped = {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}}
+    both = {f"{who}.backbone.{k}": v + (who == "student") for k, v in state.items() for who in ("teacher", "student")}
+    for network in ("teacher", "student"):
+        found = clsspec.load_weights({"model": both}, network).state_dict()
+        assert all(torch.equal(found[k], v + (network == "student")) for k, v in state.items())
+    assert clsspec.load_weights(wrapped).config.registers == 4
+    assert not clsspec.load_weights(state, pos_antialias=False).config.pos_antialias
+    odd = vit(width=128, registers=3, mlp_ratio=2.3, patch=8, image_size=32).float()
+    found = clsspec.load_weights(odd.state_dict()).config
+    assert (found.registers, round(128 * found.mlp_ratio), found.depth, found.image_size) == (3, round(128 * 2.3), 3, 32)
+
+
+def test_networks_of_a_checkpoint(tmp_path):
+    models = {"teacher": vit(1).float(), "student": vit(2).float()}
+    cfg = asdict(models["teacher"].config)
+    state = {k: {f"backbone.{n}": v for n, v in m.state_dict().items()} for k, m in models.items()}
+    torch.save(state | {"model": cfg, "args": {"seed": 5}}, tmp_path / "last.pt")
+    for name, m in models.items():
+        assert torch.equal(clsspec.load(tmp_path / "last.pt", name).norm.weight, m.norm.weight)
+    torch.manual_seed(5)
+    new = ViT(models["teacher"].config)
+    assert torch.equal(clsspec.load(tmp_path / "last.pt", "untrained").pos_embed, new.pos_embed)
+    del state["student"]["backbone.norm.weight"]
+    torch.save(state | {"model": cfg, "args": {"seed": 5}}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        clsspec.load(tmp_path / "last.pt", "student")
+    both = {k: layouts()["DINO"][0].state_dict() for k in ("teacher", "student")}  # public, of two networks
+    both["student"]["norm.bias"] = both["student"]["norm.bias"] + 1
+    torch.save(both, tmp_path / "both.pth")
+    student = clsspec.load(tmp_path / "both.pth", "student").norm.bias
+    assert torch.equal(student, clsspec.load(tmp_path / "both.pth", "teacher").norm.bias + 1)
+
+
+def test_a_start_has_the_specialisation_that_is_asked_for(tmp_path):
+    _, state, _ = layouts()["DINOv2"]
+    torch.save(state, tmp_path / "w.pth")
+    cfg = clsspec.replace(clsspec.load(tmp_path / "w.pth").config, spec=("norms", "qkv"), spec_blocks=2, spec_where="last",
+                          spec_rank=3, drop_path=0.25)
+    model = clsspec.start(clsspec.checked(cfg), tmp_path / "w.pth")
+    assert model.config == cfg and model.blocks[0].drop_path.p == 0.25
+    assert [isinstance(b.attn.qkv, clsspec.Specialised) for b in model.blocks] == [False, True, True]
+    assert clsspec.start(clsspec.replace(cfg, spec=(), spec_rank=0, spec_blocks=0, spec_where="first"), tmp_path / "w.pth").config.spec == ()
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

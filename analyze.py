@@ -621,6 +621,8 @@ def draw(path: Path, what: str, results: dict[str, dict]) -> None:
             ticks = range(1, norm, 2 if norm < 20 else 4)
             ax.set_xticks([*ticks, norm], [*map(str, ticks), "final\nnorm"])
         ax.grid(alpha=0.3)
+        if unit.startswith("% of"):
+            ax.set_ylim(bottom=0)
         if len(lines) > 1:
             ax.legend(fontsize=7, handles=[
                 Line2D([], [], color="black", linestyle="", marker="os^"[j], label=label,
@@ -921,7 +923,7 @@ def run(args) -> None:
             found = cost(given, sizes[name], batch, args.seconds, args.device, args.compile)
             cost_table(f"{name} at {sizes[name]} px, batch {batch}", found)
             results["cost"][name] = found
-            panels[f"time of a training step / plain's: median and quartiles, size of {name}"] = [
+            panels[f"time of a training step / plain's, size of {name}:\nmedian, quartiles"] = [
                 (variant, *n["step_ratio"]) for variant, n in found.items()]
         keep("cost")
         if Figure:

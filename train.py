@@ -5,6 +5,7 @@
     python train.py --recipe dino --data path/to/pictures      # DINO v1 on any folder of pictures
     python train.py --recipe deit3 --data path/to/train        # supervised, a folder for each class
     python train.py --scale large --spec norms,qkv --dry-run   # what the paper's run would be
+    python train.py --spec norms,qkv --bench 20                # what a step takes on this machine
     torchrun --nproc-per-node 8 train.py --scale large --spec norms,qkv --data list.txt --compile
 
 Three recipes, all sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DINO loss on [CLS],
@@ -25,6 +26,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 # Threads that wait for each other should not spin for long: beside a busy program on two cores,
@@ -123,7 +125,8 @@ def parse(argv) -> argparse.Namespace:
           ("seed", 0, "of weights, order of pictures, views and masks"),
           ("resume", False, "go on from the checkpoint in --out"),
           ("overwrite", False, "start anew in an --out that holds a run"),
-          ("dry-run", False, "print what the run would do, and stop"))
+          ("dry-run", False, "print what the run would do, and stop"),
+          ("bench", 0, "time this many steps, against a plain model's in turns, and stop"))
     group("model",
           ("size", "small", "width, depth and heads", list(clsspec.SIZES)),
           ("patch", None, "side of a patch, pixels; default: the size's", int),
@@ -306,19 +309,17 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
 # Views. A view is three small matrices a picture: rows, columns and colours.
 
 
-def resample(low: Tensor, high: Tensor, n_in: int, n_out: int, sigma: Tensor) -> Tensor:
-    """Weights (B, n_out, n_in) that resize pixels low..high (B,) of a line to n_out and blur them.
+def resample(low: Tensor, high: Tensor, n_in: int, n_out: int) -> Tensor:
+    """Weights (B, n_out, n_in) that resize pixels low..high (B,) of a line to n_out.
 
     Bilinear with antialias: a triangle as wide as an output pixel, but no less than an input pixel.
-    The blur is a Gaussian of sigma (B,) output pixels.
     """
     at = torch.arange(n_out, device=low.device) + 0.5
     scale = ((high - low) / n_out)[:, None, None]
     centre = low[:, None, None] + at[None, :, None] * scale
     pixel = torch.arange(n_in, device=low.device) + 0.5
     weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    blur = torch.exp(-((at[:, None] - at) ** 2) / (2 * sigma[:, None, None] ** 2))
-    return (blur / blur.sum(-1, keepdim=True)) @ (weight / weight.sum(-1, keepdim=True))
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, reach: float,
@@ -343,10 +344,15 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
         grey, solarised, blurred = u[12] < 0.2 * strength, u[13] < solarise * strength, u[5] < blur
         jittered, most = u[7] < 0.8, (0.4, 0.4, 0.2, 0.1)
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u[6]), 1e-2)
-    rows = resample(top, top + ch, h, size, sigma)
-    columns = resample(left, left + cw, w, size, sigma)
+    line = torch.arange(size, device=img.device)
+    blur = (line[:, None] - line) ** 2 / (-2 * sigma[:, None, None] ** 2)
+    blur = blur.clamp(min=-30).exp()  # smaller numbers count for nothing, and denormal ones are slow
+    blur = blur / blur.sum(-1, keepdim=True)  # (B, size, size), a Gaussian of sigma pixels
+    rows = blur @ resample(top, top + ch, h, size)
+    columns = blur @ resample(left, left + cw, w, size)
     columns = torch.where((u[4] < 0.5)[:, None, None], columns.flip(1), columns)
-    x = rows[:, None] @ img @ columns[:, None].mT  # (B, 3, size, size)
+    x = rearrange(img.flatten(1, 2) @ columns.mT, "b (c h) w -> b c h w", c=3)  # (B, 3, h, size)
+    x = rows[:, None] @ x  # (B, 3, size, size)
 
     # Brightness, contrast, saturation, hue (a turn around the grey axis), grey: all are linear.
     bright, contrast, saturation, turn = (
@@ -469,7 +475,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.normalize(self.mlp(x).float(), dim=-1)
-        return F.linear(x, F.normalize(self.last, dim=-1)).float()
+        return F.linear(x, self.last).float() / self.last.norm(dim=-1)  # less work than F.normalize
 
 
 @torch.no_grad()
@@ -499,9 +505,10 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
 
     student: (V, B, K) logits, the two global views first; teacher: (2, B, K) targets.
     """
-    log_p = F.log_softmax(student / temp, dim=-1)
-    pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
-    return -sum((teacher[t] * log_p[s]).sum(-1).mean() for t, s in pairs) / len(pairs)
+    student = student / temp
+    dots = torch.einsum("tbk,vbk->tvb", teacher, student)  # log p = student - logsumexp
+    loss = teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots
+    return loss[~torch.eye(*loss.shape[:2], dtype=torch.bool, device=loss.device)].mean()
 
 
 def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, views: int) -> Tensor:
@@ -528,7 +535,8 @@ def koleo(z: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """ViT and heads: what the student and the teacher both are."""
+    """ViT and heads: what the student and the teacher both are. In bf16 where it is asked for; all
+    that comes out, and so every loss, is fp32."""
 
     def __init__(self, args):
         super().__init__()
@@ -545,6 +553,7 @@ class Network(nn.Module):
         self.backbone.checkpointing = args.checkpointing
         self.backbone.mask_token.requires_grad = args.ibot > 0
         self.supervised = args.supervised
+        self.cast = args.device.split(":")[0], torch.bfloat16, args.precision == "bf16"
         if args.supervised:
             self.cls_head = nn.Linear(cfg.width, args.classes)
             nn.init.trunc_normal_(self.cls_head.weight, std=0.02)
@@ -563,15 +572,18 @@ class Network(nn.Module):
         Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K);
         supervised, of views (B, ..), logits of classes (B, classes).
         """
-        out = self.backbone(global_views, mask)
-        if self.supervised:
-            return self.cls_head(out["cls"]).float()
-        cls = [out["cls"]] + ([self.backbone(local_views)["cls"]] if len(local_views) else [])
-        logits = self.cls_head(torch.cat(cls))
-        logits = rearrange(logits, "(v b) k -> v b k", b=len(global_views) // 2)
-        if chosen is None:
-            return cls[0], logits, None
-        return cls[0], logits, self.patch_head(out["patches"].flatten(0, 1)[chosen])
+        with torch.autocast(*self.cast):
+            out = self.backbone(global_views, mask, cls_only=chosen is None)
+            if self.supervised:
+                return self.cls_head(out["cls"]).float()
+            cls = [out["cls"]]
+            if len(local_views):
+                cls.append(self.backbone(local_views, cls_only=True)["cls"])
+            logits = self.cls_head(torch.cat(cls))
+            logits = rearrange(logits, "(v b) k -> v b k", b=len(global_views) // 2)
+            if chosen is None:
+                return cls[0], logits, None
+            return cls[0], logits, self.patch_head(out["patches"].flatten(0, 1)[chosen])
 
 
 def compare(args, student, teacher: Network, global_views: Tensor, local_views: Tensor, mask, temp):
@@ -647,6 +659,14 @@ def make_teacher(args, student: Network) -> Network:
     return teacher.requires_grad_(False).eval()
 
 
+def wrap(args, student: Network, teacher: Network, ranks: int):
+    """Compile both, if asked to; returns what takes the student's steps, on one rank or on many."""
+    if args.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    return nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum teacher + (1 - momentum) student, in place."""
@@ -663,6 +683,37 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
         group = groups.setdefault((kind, free), {"params": [], "kind": kind, "free": free})
         group["params"].append(p)
     return torch.optim.AdamW(groups.values(), lr=0.0, fused=True)
+
+
+def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: Tensor, step: int,
+               rank: int = 0, ranks: int = 1) -> tuple[dict, dict]:
+    """One step on pictures uint8 (B, 3, S, S): views, loss, gradient, AdamW, teacher.
+
+    learner: the student, or DistributedDataParallel around it. Returns the schedules' numbers and,
+    as scalars on the device, so that nothing waits for a GPU, what is to be logged.
+    """
+    student, now = getattr(learner, "module", learner), schedule(args, step, ranks)
+    for group in optimizer.param_groups:
+        held = group["kind"] == "last" and step < args.freeze_last * args.steps
+        factor = args.patch_embed_lr if group["kind"] == "patch_embed" else 0 if held else 1
+        group["lr"] = factor * now["lr"]
+        group["weight_decay"] = 0 if group["free"] else now["wd"]
+    torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # for stochastic depth
+    if args.supervised:
+        views = labelled_views(args, img, labels, step, rank, ranks)
+        terms, meters = supervise(learner, teacher, *views, labels)
+    else:
+        views, patch = make_views(args, img, step, rank, ranks), student.backbone.config.patch
+        mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
+        terms, meters = compare(args, learner, teacher, *views, mask, now["temp"])
+    loss = sum(terms.values())
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
+    optimizer.step()
+    update_teacher(teacher, student, now["ema"])
+    values = {"loss": loss, **terms, **meters, "grad_norm": norm}
+    return now, {name: value.detach() for name, value in values.items()}
 
 
 def save(path: Path, state: dict) -> None:
@@ -717,16 +768,26 @@ def resume(args, student: Network, teacher: Network, optimizer) -> int:
 # The run.
 
 
+def step_flops(args, network: Network) -> float:
+    """FLOPs that training needs for a picture, with all its views and heads. A backward pass takes
+    two forward ones; the teacher has none, skips no branch and sees the global views only."""
+    cfg, views, last = network.backbone.config, 1 if args.supervised else 2, not args.ibot
+    one = clsspec.flops(cfg, args.image_size, args.image_size, last)
+    local = clsspec.flops(cfg, args.local_size, args.local_size, True) * args.local_crops
+    masked = views * (args.image_size // cfg.patch) ** 2 * args.mask_share * sum(args.mask_ratio) / 2
+    cls, patch = (2 * sum(p.numel() for p in getattr(network, name, nn.Identity()).parameters())
+                  for name in ("cls_head", "patch_head"))
+    heads = cls * (4 * views + 3 * args.local_crops) + (patch * 4 * masked if args.ibot else 0)
+    return views * one * (1 + 3 * (1 - args.drop_path)) + 3 * (1 - args.drop_path) * local + heads
+
+
 def describe(args, network: Network, ranks: int) -> None:
     """What a run would do, without doing it: --dry-run."""
     vit, cfg = network.backbone, network.backbone.config
     table = clsspec.parameters_by_component(vit)
     wider = table["[CLS] copies"] / (cfg.depth * cfg.width * (2 * cfg.width + 1))
     heads = sum(p.numel() for p in network.parameters()) - table["total"]
-    one, local = (clsspec.flops(cfg, s, s) for s in (args.image_size, args.local_size))
-    # A backward pass costs two forward ones; the teacher has none and sees the global views only.
-    views = 1 if args.supervised else 2
-    trained = views * one * (3 + 1) + args.local_crops * local * 3
+    one, views = clsspec.flops(cfg, args.image_size, args.image_size), 1 if args.supervised else 2
     tokens = [1 + (s // cfg.patch) ** 2 for s in (args.image_size, args.local_size)]
     tokens = args.batch_size * (views * tokens[0] + args.local_crops * tokens[1])
     number = 2 if args.precision == "bf16" else 4  # bytes
@@ -741,7 +802,7 @@ def describe(args, network: Network, ranks: int) -> None:
     if cfg.spec:
         print(f"  plain, with as many parameters: --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     print(f"  one picture       {one / 1e9:10.2f} GFLOPs forward at {args.image_size} px; "
-          f"{trained / 1e9:.1f} in training, all its views, without heads")
+          f"{step_flops(args, network) / 1e9:.1f} in training, all its views")
     print(f"  global batch      {batch:10} pictures = {args.batch_size} x {ranks} process(es); "
           f"{args.steps} steps, {args.steps * batch / 1e6:.3g} M pictures in all")
     peak = schedule(args, warmup, ranks)["lr"]
@@ -750,6 +811,74 @@ def describe(args, network: Network, ranks: int) -> None:
     weights, kept, logits = weights / 2**30, kept / 2**30, logits / 2**30
     print(f"  memory            {weights + kept + logits:10.1f} GiB a process, about: weights and "
           f"optimiser {weights:.1f}, activations {kept:.1f}, logits {logits:.1f}")
+
+
+PLAIN = dict(spec=(), spec_blocks=None, spec_where="first", spec_rank=0, registers_path="patch",
+             registers=0, attn="softmax", attn_bias=False, class_attn=0, mlp_ratio=4.0)
+
+
+def bench(args, rank: int, ranks: int) -> None:
+    """--bench: steps of the network as given and of a plain one, in turns, on pictures of noise.
+
+    Printed are medians; ratios are of times in one round, with quartiles. `plain again` is the same
+    network as plain: what it differs by is the noise of the machine.
+    """
+    cuda, draw = args.device.startswith("cuda"), torch.Generator().manual_seed(0)
+    shape = (args.batch_size, 3, args.source_size, args.source_size)
+    img = torch.randint(256, shape, dtype=torch.uint8, generator=draw).to(args.device)
+    labels = torch.zeros(len(img), dtype=torch.long, device=args.device)
+
+    def stepper(args):
+        torch.manual_seed(args.seed)
+        student = Network(args).to(args.device)
+        teacher, optimizer = make_teacher(args, student), make_optimizer(args, student)
+        learner = wrap(args, student, teacher, ranks)
+        number = count(int(args.warmup * args.steps))
+        step = lambda: train_step(args, learner, teacher, optimizer, img, labels, next(number), rank,
+                                  ranks)
+        for _ in range(3):  # compiles, and fills caches
+            step()
+        return step, student
+
+    def views():
+        if args.supervised:
+            return labelled_views(args, img, labels, 0, rank, ranks)
+        make_views(args, img, 0, rank, ranks)
+        if args.ibot:
+            make_masks(args, len(img), given.backbone.config.patch, 0, rank, ranks)
+
+    def clock(call) -> float:
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    step, given = stepper(args)
+    memory, calls = peak_mb(cuda), {"as given": step}
+    calls["plain"], _ = stepper(argparse.Namespace(**vars(args) | ({} if args.init else PLAIN)))
+    calls |= {"plain again": calls["plain"], "views alone": views}
+    times = {name: [] for name in calls}
+    for _ in range(args.bench):
+        for i in torch.randperm(len(calls), generator=draw).tolist():
+            name = list(calls)[i]
+            times[name].append(clock(calls[name]))
+    side = 8192 if cuda else 4096
+    a = torch.randn(side, side, device=args.device)
+    a = a.bfloat16() if args.precision == "bf16" else a
+    peak = 2 * side**3 / min(clock(lambda: a @ a) for _ in range(5))
+    if rank:
+        return
+    print(f"\n{'':14}{'ms':>9}{'pictures/s':>12}   time / plain [quartiles of {args.bench} rounds]")
+    for name, taken in times.items():
+        ratio = torch.tensor([x / y for x, y in zip(taken, times["plain"])])
+        low, mid, high = ratio.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        ms = torch.tensor(taken).median().item()
+        print(f"{name:14}{1e3 * ms:9.1f}{len(img) * ranks / ms:12.1f}   {mid:.3f} "
+              f"[{low:.3f}, {high:.3f}]")
+    rate = step_flops(args, given) * len(img) / torch.tensor(times["as given"]).median().item()
+    print(f"as given: {rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%} of the {peak / 1e12:.3g} of a "
+          f"product of two {side} x {side} matrices, {args.precision}; peak memory {memory:.0f} MiB")
 
 
 def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
@@ -768,7 +897,7 @@ def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
         more = "" if folder else " or raise --pictures"
         raise ValueError(f"a global batch of {batch} pictures is larger than the set: --data "
                          f"{args.data} has {n}; lower --batch-size{more}")
-    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite):
+    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite or args.bench):
         raise ValueError(f"{args.out} holds a run already: give --resume to go on, --overwrite to "
                          "start anew, or another --out")
 
@@ -818,7 +947,7 @@ def run(args, rank: int, ranks: int) -> None:
     say(f"scale {args.scale} ({torch.cuda.get_device_name() if cuda else 'no GPU in use'}), recipe "
         f"{args.recipe}, data {args.data}, spec {','.join(args.spec) or 'none'}", flush=True)
     scenes = args.data == "scenes"
-    folder = None if scenes or args.dry_run else Folder(args.data, args.source_size)
+    folder = None if scenes or args.dry_run or args.bench else Folder(args.data, args.source_size)
     args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
     if args.supervised and (args.classes < 2 or folder and "" in folder.classes):
         raise ValueError(f"--supervised: --data {args.data} must be a folder that has a folder of "
@@ -829,6 +958,8 @@ def run(args, rank: int, ranks: int) -> None:
     if args.dry_run:
         return describe(args, student, ranks) if main else None
     prepare(args, folder, student, ranks)
+    if args.bench:
+        return bench(args, rank, ranks)
     student = student.to(args.device)
     teacher = make_teacher(args, student)
     optimizer = make_optimizer(args, student)
@@ -839,13 +970,9 @@ def run(args, rank: int, ranks: int) -> None:
         f"{math.log(args.prototypes):.3f}: a DINO loss that stays there has learnt nothing"),
         flush=True)
 
-    if args.compile:
-        student.backbone.compile()
-        teacher.backbone.compile()
-    learner = nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
-    cast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.precision == "bf16")
-    patch, n = student.backbone.config.patch, len(folder) if folder else args.pictures
-    batch, window, skipped, signals, tick = args.batch_size * ranks, [], 0, [], 0.0
+    learner = wrap(args, student, teacher, ranks)
+    n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
+    window, skipped, signals, tick = [], 0, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):  # save, then leave
         signal.signal(number, lambda number, _: signals.append(number))
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=not main,
@@ -853,31 +980,8 @@ def run(args, rank: int, ranks: int) -> None:
     for step, (img, labels, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
         if step == first:
             tick = time.time()  # not before there are pictures
-        now = schedule(args, step, ranks)
-        for group in optimizer.param_groups:
-            held = group["kind"] == "last" and step < args.freeze_last * args.steps
-            factor = args.patch_embed_lr if group["kind"] == "patch_embed" else 0 if held else 1
-            group["lr"] = factor * now["lr"]
-            group["weight_decay"] = 0 if group["free"] else now["wd"]
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # for stochastic depth
-        if args.supervised:
-            views = labelled_views(args, img, labels, step, rank, ranks)
-            with cast:
-                terms, meters = supervise(learner, teacher, *views, labels)
-        else:
-            views = make_views(args, img, step, rank, ranks)
-            mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
-            with cast:
-                terms, meters = compare(args, learner, teacher, *views, mask, now["temp"])
-        loss = sum(terms.values())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
-        optimizer.step()
-        update_teacher(teacher, student, now["ema"])
-
-        values = {"loss": loss.detach(), **terms, **meters, "grad_norm": norm}
-        window.append(torch.stack([v.detach() for v in values.values()]))  # no waiting for the GPU
+        now, values = train_step(args, learner, teacher, optimizer, img, labels, step, rank, ranks)
+        window.append(torch.stack(list(values.values())))
         skipped, done = skipped + len(bad), step + 1
         for name in bad:
             progress.write(f"skipped an unreadable file: {name}")

@@ -159,10 +159,48 @@ def test_weights_start_at_the_sizes_that_are_said():
 
 def test_a_branch_is_skipped_picture_by_picture():
     x = torch.randn(1, 5, 32).expand(64, -1, -1)
-    whole = ViT(config("nano", **TINY, drop_path=1.0, class_attn=1)).train()
-    assert all(torch.equal(block(x), x) for block in whole.blocks)
-    half = ViT(config("nano", **TINY | {"drop_path": 0.5, "layerscale": 1.0})).train().blocks[0](x)
-    assert len({tuple(row) for row in half.flatten(1)[:, :3].tolist()}) == 4  # none, either, both
+    model = ViT(config("nano", **TINY | {"drop_path": 0.5, "layerscale": 1.0}))
+    block = model.train().blocks[0]
+    seen = []
+    block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    assert len({tuple(row) for row in block(x).flatten(1)[:, :3].tolist()}) == 4  # none, either, both
+    assert seen == [32]  # and it is not computed for the others
+    ones = block.add(torch.zeros(4, 5, 32), lambda x: torch.ones_like(x))
+    assert sorted(ones[:, 0, 0].tolist()) == [0, 0, 2, 2]  # the same in the mean
+    block.eval()
+    assert len({tuple(row) for row in block(x).flatten(1)[:, :3].tolist()}) == 1
+    assert torch.equal(block.train().add(x[:1], torch.ones_like), 1 + x[:1])  # of one, none is skipped
+    with pytest.raises(ValueError, match="drop path 1.0 is outside"):
+        config("nano", drop_path=1.0)
+
+
+@pytest.mark.parametrize("more", [{}, {"class_attn": 2}, {"registers": 2, "registers_path": "cls"}, {"attn": "entmax15"}],
+                         ids=str)
+def test_cls_only_is_cls_of_the_whole(more):
+    more |= {} if "class_attn" in more else {"spec": ("norms", "qkv", "proj", "mlp"), "spec_blocks": 3}
+    model, img = vit(**more, drop_path=0.0), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    whole, alone = model(img), model(img, cls_only=True)
+    torch.testing.assert_close(alone["cls"], whole["cls"], rtol=1e-12, atol=1e-12)
+    assert alone["patches"].shape == (2, 0, 32) and alone["registers"].shape == (2, 0, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(img, cls_only=True)
+    with FlopCounterMode(display=False) as every:
+        model(img)
+    assert counter.get_total_flops() < every.get_total_flops() or "class_attn" in more
+    a, b = (torch.autograd.grad(out["cls"].sum(), model.patch_embed.proj.weight)[0] for out in (whole, alone))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_gelu_linear_has_the_gradient_of_its_formula():
+    x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (4, 5), (4,)))
+    assert torch.autograd.gradcheck(clsspec.GeluLinear.apply, (x, w, b))
+    torch.testing.assert_close(clsspec.GeluLinear.apply(x, w, b), F.linear(F.gelu(x), w, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = clsspec.GeluLinear.apply(F.linear(x.float(), torch.eye(5)), w.float(), b.float())
+    y.float().square().sum().backward()
+    expected = torch.autograd.grad(F.linear(F.gelu(x), w, b).square().sum(), (x, w, b))
+    for p, grad in zip((x, w, b), expected):
+        assert p.grad.dtype == p.dtype and (p.grad - grad).norm() < 0.05 * grad.norm()
 
 
 def test_checkpointing_is_for_training(monkeypatch):

@@ -372,7 +372,7 @@ def test_a_start_has_the_specialisation_that_is_asked_for(tmp_path):
     cfg = clsspec.replace(clsspec.load(tmp_path / "w.pth").config, spec=("norms", "qkv"), spec_blocks=2, spec_where="last",
                           spec_rank=3, drop_path=0.25)
     model = clsspec.start(clsspec.checked(cfg), tmp_path / "w.pth")
-    assert model.config == cfg and model.blocks[0].drop_path.p == 0.25
+    assert model.config == cfg and model.blocks[0].drop_path == 0.25
     assert [isinstance(b.attn.qkv, clsspec.Specialised) for b in model.blocks] == [False, True, True]
     assert clsspec.start(clsspec.replace(cfg, spec=(), spec_rank=0, spec_blocks=0, spec_where="first"), tmp_path / "w.pth").config.spec == ()
 

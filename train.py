@@ -204,8 +204,8 @@ def parse(argv) -> argparse.Namespace:
 
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[chosen.scale])
-    if chosen.recipe == "deit3":  # has one view a picture at every scale
-        p.set_defaults(local_crops=0, **LABELS_AT_NANO if chosen.scale == "nano" else {})
+    if (chosen.recipe, chosen.scale) == ("deit3", "nano"):
+        p.set_defaults(**LABELS_AT_NANO)
     args = p.parse_args(argv)
     for name in ("steps", "batch_size", "pictures", "prototypes", "log_every", "save_every"):
         if getattr(args, name) < 1:
@@ -214,6 +214,8 @@ def parse(argv) -> argparse.Namespace:
     for name in SHAPE if args.init else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
+    if args.supervised:  # one view a picture
+        args.local_crops = 0
     args.spec = tuple(filter(None, args.spec.split(",")))
     name = "-".join(args.spec) or "plain"
     args.out = Path(args.out or f"runs/{args.recipe}-{args.scale}-{name}-s{args.seed}")
@@ -867,7 +869,7 @@ def bench(args, rank: int, ranks: int) -> None:
         for i in torch.randperm(len(calls), generator=draw).tolist():
             name = list(calls)[i]
             times[name].append(clock(calls[name]))
-    side = 8192 if cuda else 4096
+    side = 8192 if cuda else 2048
     a = torch.randn(side, side, device=args.device)
     a = a.bfloat16() if args.precision == "bf16" else a
     peak = 2 * side**3 / min(clock(lambda: a @ a) for _ in range(5))

@@ -100,7 +100,8 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         else:
             state["minutes"][stage] = minutes + (state.pop("before", 0) if stage == "train" else 0)
         print(f"{name}: {stage} {'FAILED, see ' + str(log) if code else f'{minutes:.1f} min'}", flush=True)
-    if run.exists():
+    if state["minutes"] or state["failed"] or run.exists():
+        run.mkdir(exist_ok=True)
         file.write_text(json.dumps(state))
 
 
@@ -112,14 +113,15 @@ def collect(root: Path) -> None:
         state = json.loads((run / "study.json").read_text()) if (run / "study.json").exists() else {"minutes": {}}
         if "inside" not in state["minutes"] and not state.get("failed"):
             continue
-        config = json.loads((run / "config.json").read_text())
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        config = analyze.read_json(run / "config.json")
+        log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+        log = [json.loads(line) for line in log]
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[run.name] = {
             "run": run.name, "data": data, "arm": arm, "seed": seed, "flags": ARMS[arm],
-            **{k: config[k] for k in ("git", "torch", "device", "threads")},
+            **{k: config.get(k) for k in ("git", "torch", "device", "threads")},
             "minutes": {k: round(v, 1) for k, v in state["minutes"].items()}, "failed": state.get("failed", {}),
-            "img_per_s": sum(d["img_per_s"] for d in log) / len(log),
+            "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
             "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()}}
     order = {f"{d}-{a}-{s}": i for i, (d, a, s) in enumerate(names())}

@@ -315,3 +315,27 @@ def test_dry_run_shows_the_papers_set_up_and_leaves_nothing(tmp_path):
     for words in ("scale large", "625000 steps", "K = 131072", "[CLS] copies", "peak"):
         assert words in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bench_times_both_networks_in_turns_and_leaves_nothing(tmp_path, ranks):
+    out = script(*QUICK, "--class-attn", 2, "--bench", 3, cwd=tmp_path, ranks=ranks)
+    rows = {line[:14].strip(): line[14:].split() for line in out.splitlines() if "[" in line and "quartiles" not in line}
+    assert list(rows) == ["as given", "plain", "plain again", "views alone"] and rows["plain"][2:] == ["1.000", "[1.000,", "1.000]"]
+    ms, speed = float(rows["plain"][0]), float(rows["plain"][1])
+    assert ms * speed == pytest.approx(1000 * 4 * ranks, rel=0.02) and float(rows["views alone"][0]) < ms
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_compares_what_it_says(monkeypatch, capsys):
+    """As given with its variant, plain without, plain again the very same network; labels have views of their own."""
+    calls, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec))
+                        or real(args, learner, *rest))
+    train.main([*QUICK, "--attn", "entmax15", "--spec", "norms", "--bench", "2"])
+    made = [(name, *rest) for name, *rest in calls]
+    given, plain = made[0], made[3]
+    assert given[1:] == ("entmax15", ("norms",)) and plain[1:] == ("softmax", ())
+    assert made[:6] == [given] * 3 + [plain] * 3 and sorted(made[6:]) == sorted([given, plain, plain] * 2)
+    train.main([*QUICK, "--recipe", "deit3", "--bench", "1"])
+    assert "views alone" in capsys.readouterr().out

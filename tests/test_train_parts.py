@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from conftest import QUICK
@@ -319,3 +320,18 @@ def test_supervised_loss_and_top1():
     pairs = zip(logits.flatten().tolist(), targets.flatten().tolist())
     loop = -sum(t * log_sigmoid(v) + (1 - t) * log_sigmoid(-v) for v, t in pairs) / 6
     assert terms["bce"].item() == pytest.approx(loop, rel=1e-5) and meters["top1"].item() == 50
+
+
+@pytest.mark.parametrize("flags", [[], ["--recipe", "dino"], ["--recipe", "deit3"]], ids=str)
+def test_flops_of_a_step_are_those_that_torch_counts(flags):
+    args = train.parse([*QUICK, "--size", "tiny", "--patch", "8", *flags])
+    args.classes = 6
+    torch.manual_seed(0)
+    student = train.Network(args)
+    teacher, optimizer = train.make_teacher(args, student), train.make_optimizer(args, student)
+    img, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # countable
+    with FlopCounterMode(display=False) as counter, fused:
+        train.train_step(args, student, teacher, optimizer, img, labels, 1)
+    # Counted as well: views, KoLeo, queries of the last block that nobody reads; not: masks are random.
+    assert train.step_flops(args, student) * 4 == pytest.approx(counter.get_total_flops(), rel=0.06)

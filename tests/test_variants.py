@@ -266,7 +266,8 @@ def test_every_combination_trains_or_is_refused(recipe, attn, class_attn, tmp_pa
             moved = {k for k, v in clsspec.load(tmp_path / "last.pt", "student").state_dict().items()
                      if not torch.equal(v, before[k])}
             # A loss that sees [CLS] alone teaches nothing that only patches pass after the last attention.
-            frozen = {"mask_token", "blocks.2.norm2.patch.weight", "blocks.2.norm2.patch.bias"} & before.keys()
+            late = "norm2.patch.weight", "norm2.patch.bias", "ls1.patch.gamma", "ls2.patch.gamma"
+            frozen = {"mask_token", *(f"blocks.2.{name}" for name in late)} & before.keys()
             assert before.keys() - moved == (set() if recipe == "dinov2" else frozen)
 
 

@@ -1,0 +1,105 @@
+"""The command behind results/STUDY.md: it does what is left, stops in time, and writes down what it found."""
+
+import json
+import sys
+
+import pytest
+
+import clsspec
+from conftest import QUICK, ROOT
+
+sys.path.insert(0, str(ROOT / "results"))
+import study  # noqa: E402
+import train  # noqa: E402
+
+
+FAKE = """
+import json, pathlib, sys
+stage, run, arm, seed = sys.argv[1:]
+run = pathlib.Path(run)
+if (stage, arm) == ("train", "bad"):
+    sys.exit("error: not finite at step 3")
+run.mkdir(exist_ok=True)
+if stage == "train":
+    (run / "config.json").write_text(json.dumps({"git": "g", "torch": "t", "device": "cpu", "threads": 1}))
+    (run / "log.jsonl").write_text(json.dumps({"step": 4, "img_per_s": 2.0, "miou": 1.0}) + "\\n")
+elif stage == "scenes":
+    result = {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}
+    (run / "eval.json").write_text(json.dumps({"teacher scenes tasks=seg": result}))
+"""
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The study with commands that only pretend; returns a function that is its command line."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    real = study.stages
+    monkeypatch.setattr(study, "stages", lambda args, run, data, arm, seed: {
+        stage: f"{tmp_path}/fake.py {stage} {run} {arm} {seed}" for stage in real(args, run, data, arm, seed)})
+    monkeypatch.setattr(study, "LINES", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), [0, 1])])
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs"), *map(str, flags)])
+        study.main()
+        return [json.loads(line) for line in study.LINES.read_text().splitlines()] if study.LINES.exists() else []
+    return call
+
+
+def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path):
+    args = type("args", (), {"tiny": "pictures", "nyu": "nyu"})
+    for data, arm, seed in study.names():
+        commands = study.stages(args, tmp_path / "run", data, arm, seed)
+        parsed = train.parse(commands["train"].split()[1:])
+        train.Network(argparse_with(parsed, classes=6))
+        assert parsed.seed == seed and (parsed.data == "scenes") == (data == "scenes")
+    count = lambda arm: clsspec.parameters_by_component(train.Network(train.parse(study.ARMS[arm].split())).backbone)["total"]
+    assert abs(count("wide") / count("qkv4") - 1) < 0.002
+
+
+def argparse_with(args, **more):
+    for name, value in more.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_it_does_what_is_left_and_compares(small, capsys):
+    lines = small("--workers", 2, "--arms", "plain")
+    assert [d["run"] for d in lines] == ["scenes-plain-0", "scenes-plain-1"] and not any(d["failed"] for d in lines)
+    assert list(lines[0]["minutes"]) == ["train", "scenes", "untrained", "inside"]
+    capsys.readouterr()
+    lines = small("--workers", 2)
+    printed = capsys.readouterr().out
+    assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
+    small("--tables")
+    table = capsys.readouterr().out.splitlines()
+    assert "| plain | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  |  |" in table
+    assert "| norms | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) |  |  |  |  |  |" in table
+    small("--list")
+    assert "scenes-norms-1    train, scenes, inside" in capsys.readouterr().out
+
+
+def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "LINES", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain",), [0])])
+    monkeypatch.setitem(study.ARMS, "plain", " ".join(QUICK) + " --steps 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    log, steps = tmp_path / "runs/scenes-plain-0/log.jsonl", [0]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs"), "--minutes", "0.15"])
+    while len(steps) < 3:
+        study.main()
+        assert "train is not done, and goes on" in capsys.readouterr().out
+        steps.append(sum(1 for _ in open(log)) if log.exists() else 0)
+    assert 0 < steps[1] < steps[2] and not study.LINES.read_text()
+
+
+def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("bad", "norms"), [0])])
+    monkeypatch.setitem(study.ARMS, "bad", "")
+    lines = small()
+    assert [d["run"] for d in lines] == ["scenes-bad-0", "scenes-norms-0"] and not lines[1]["failed"]
+    assert "not finite at step 3" in lines[0]["failed"]["train"]
+    capsys.readouterr()
+    assert len(small()) == 2 and capsys.readouterr().out == ""
+    small("--retry")
+    assert "bad-0: train FAILED" in capsys.readouterr().out

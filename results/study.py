@@ -22,8 +22,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import analyze  # noqa: E402, two groups of runs are compared as analyze.py --compare does
-
 LINES = HERE / "study.jsonl"
 
 ARMS = {  # flags of train.py; `wide` has as many parameters as qkv4
@@ -107,6 +105,7 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
 
 def collect(root: Path) -> None:
     """Every run that is judged, or failed, as a line of study.jsonl; lines of others stay."""
+    import analyze  # not at the top: torch is large, and this process mostly waits
     lines = {d["run"]: d for d in map(json.loads, LINES.read_text().splitlines())} if LINES.exists() else {}
     for data, arm, seed in names():
         run = root / f"{data}-{arm}-{seed}"
@@ -141,6 +140,8 @@ def number(line: dict, result: str, metric: str) -> float | None:
 def tables() -> None:
     """For every data set: each arm's mean and standard deviation, and its paired difference to plain."""
     import torch
+
+    import analyze
     lines = [d for d in map(json.loads, LINES.read_text().splitlines()) if not d["failed"]]
     for data in dict.fromkeys(d["data"] for d in lines):
         by = {(d["arm"], d["seed"]): d for d in lines if d["data"] == data}

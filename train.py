@@ -286,6 +286,12 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
+    """What Folder gives for each picture -> uint8 (B, 3, S, S), labels (B,), unreadable files."""
+    img, labels, bad = zip(*items)
+    return torch.stack(img), torch.tensor(labels), sum(bad, [])
+
+
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and names of unreadable files, from
     step `first` on."""
@@ -295,11 +301,9 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     if folder:
         loader = torch.utils.data.DataLoader(
             folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
-            collate_fn=list, worker_init_fn=ignore_interrupt)
-        for items in loader:
-            img, labels, bad = zip(*items)
-            labels = torch.tensor(labels).to(args.device)
-            yield torch.stack(img).to(args.device), labels, sum(bad, [])
+            collate_fn=collate, worker_init_fn=ignore_interrupt, pin_memory=args.device != "cpu")
+        for *made, bad in loader:
+            yield *(x.to(args.device, non_blocking=True) for x in made), bad
     else:
         world = Scenes("train", args.source_size)
         parts = torch.arange(n, device=args.device).split(256)
@@ -513,8 +517,9 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     """
     student = student / temp
     dots = torch.einsum("tbk,vbk->tvb", teacher, student)  # log p = student - logsumexp
-    loss = teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots
-    return loss[~torch.eye(*loss.shape[:2], dtype=torch.bool, device=loss.device)].mean()
+    loss = (teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots).mean(-1)  # (2, V)
+    other = 1 - torch.eye(*loss.shape, device=loss.device)
+    return (other * loss).sum() / other.sum()
 
 
 def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, views: int) -> Tensor:

@@ -303,6 +303,8 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
+    """GELU between two linear layers. The second's weights are used without calling it."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -344,13 +346,13 @@ class Block(nn.Module):
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch, asking: int | None = None) -> Tensor:
-        """x + branch(x). Stochastic depth in training: a random share of the pictures skips it, and
-        it is not computed for them, as in DINOv2."""
+        """x + branch(x). Stochastic depth in training: a random share of the pictures, rounded to
+        whole ones, skips it, and it is not computed for them, as in DINOv2."""
         if not (self.training and self.drop_path):
             return x[:, :asking] + branch(x)
         n = max(round(len(x) * (1 - self.drop_path)), 1)
         kept = torch.randperm(len(x), device=x.device)[:n]
-        y = branch(x[kept])
+        y = branch(x.index_select(0, kept))
         return x[:, :asking].index_add(0, kept, y.to(x.dtype), alpha=len(x) / n)
 
 
@@ -449,7 +451,7 @@ class ViT(nn.Module):
 
         layer: go through this many blocks; None: through all. cls_only: the last of them computes
         [CLS] alone, which spares 6 % of a ViT-S. Returns the tokens after the final norm: cls
-        (B, D), registers (B, R, D), patches (B, N, D); with cls_only, none of the other two.
+        (B, D), registers (B, R, D), patches (B, N, D); with cls_only, use cls alone.
         Raises ValueError if a side is not a multiple of the patch p.
         """
         cls, x = self.embed(img, mask)

@@ -658,9 +658,16 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pict
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, RGB in [0, 1]
 
 
+@lru_cache
+def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of these numbers, made once: to copy them waits until a GPU has done all its work."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def normalise(img: Tensor) -> Tensor:
     """Pictures (B, 3, H, W), RGB in [0, 1] -> what every network here is trained on."""
-    return (img - img.new_tensor(MEAN)[:, None, None]) / img.new_tensor(STD)[:, None, None]
+    mean, std = (constant(x, img.device, img.dtype)[:, None, None] for x in (MEAN, STD))
+    return (img - mean) / std
 
 
 QUIET = 0.5 if sys.stderr.isatty() else 20  # seconds between a bar's pictures: files keep them all

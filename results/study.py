@@ -52,55 +52,60 @@ def names() -> list[tuple[str, str, int]]:
     return list(dict.fromkeys(runs))
 
 
-def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, str]:
-    """{stage: command}, each of them made again at no harm."""
-    resume = " --resume" if (run / "last.pt").exists() else " --overwrite"
-    pictures = f" --data {args.tiny}" if data == "tiny" else ""
-    out = {"train": f"train.py {ARMS[arm]} --seed {seed}{pictures} --no-probe --save-every 50 --out {run}{resume}",
-           "scenes": f"eval_dense.py {run}"}
+def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[str]]:
+    """{stage: command}, each of them made again at no harm; judging on NYU last, as it may be left out."""
+    resume = "--resume" if (run / "last.pt").exists() else "--overwrite"
+    pictures = ["--data", str(args.tiny)] if data == "tiny" else []
+    judge, nyu = ["eval_dense.py", str(run)], ["--data", "pairs", "--root", str(args.nyu)]
+    untrained = ["--network", "untrained"]
+    out = {"train": ["train.py", *ARMS[arm].split(), "--seed", str(seed), *pictures, "--no-probe", "--save-every", "50",
+                     "--out", str(run), resume], "scenes": judge}
     if (data, arm) == ("scenes", "plain"):
-        out["untrained"] = f"eval_dense.py {run} --network untrained"
+        out["untrained"] = judge + untrained
+    out["inside"] = ["analyze.py", str(run), "--what", "cosines,dimensions,norms", "--pictures", "256"]
     if args.nyu:
-        out["nyu"] = f"eval_dense.py {run} --data pairs --root {args.nyu}"
+        out["nyu"] = judge + nyu
     if args.nyu and (data, arm) == ("scenes", "plain"):
-        out["nyu untrained"] = f"eval_dense.py {run} --data pairs --root {args.nyu} --network untrained"
-    return out | {"inside": f"analyze.py {run} --what cosines,dimensions,norms --pictures 256"}
+        out["nyu untrained"] = judge + nyu + untrained
+    return out
+
+
+def keep(file: Path, state: dict) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".tmp").write_text(json.dumps(state))
+    file.with_suffix(".tmp").replace(file)
 
 
 def work(args, end: float, data: str, arm: str, seed: int) -> None:
     """Take one run as far as the time allows."""
-    run = args.root / f"{data}-{arm}-{seed}"
-    file, name = run / "study.json", f"{data}-{arm}-{seed}"
-    state = json.loads(file.read_text()) if file.exists() else {"minutes": {}, "failed": {}}
-    if args.retry:
-        state["failed"] = {}
+    name = f"{data}-{arm}-{seed}"
+    run, log = args.root / name, args.root / f"{name}.txt"
+    file = run / "study.json"
+    state = {"minutes": {}, "before": {}, "failed": {}} | (json.loads(file.read_text()) if file.exists() else {})
+    state["failed"] = {} if args.retry else state["failed"]
     for stage, command in stages(args, run, data, arm, seed).items():
         if state["failed"] or time.time() > end:
-            break
+            return
         if stage in state["minutes"]:
             continue
-        start, log = time.time(), args.root / f"{name}.txt"
+        start = time.time()
         with open(log, "a") as out:
-            child = subprocess.Popen([sys.executable, *command.split()], cwd=HERE.parent, stdout=out, stderr=out)
+            child = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stdout=out, stderr=out)
         try:
             code = child.wait(timeout=max(end - start, 1))
         except subprocess.TimeoutExpired:
             child.terminate()  # train.py saves, and then leaves
-            child.wait()
-            code = -15
+            code = child.wait()
+        minutes = state["before"].pop(stage, 0) + (time.time() - start) / 60
         if code in (-2, -15, 130, 143):
-            print(f"{name}: {stage} is not done, and goes on with the next call", flush=True)
-            state["before"] = state.get("before", 0) + (time.time() - start) / 60
-            break
-        minutes = (time.time() - start) / 60
-        if code:
-            state["failed"] = {stage: log.read_text()[-500:]}
+            state["before"][stage] = minutes
+            said = "is not done, and goes on with the next call"
+        elif code:
+            state["failed"], said = {stage: log.read_text()[-500:]}, f"FAILED, see {log}"
         else:
-            state["minutes"][stage] = minutes + (state.pop("before", 0) if stage == "train" else 0)
-        print(f"{name}: {stage} {'FAILED, see ' + str(log) if code else f'{minutes:.1f} min'}", flush=True)
-    if state["minutes"] or state["failed"] or run.exists():
-        run.mkdir(exist_ok=True)
-        file.write_text(json.dumps(state))
+            state["minutes"][stage], said = minutes, f"{minutes:.1f} min"
+        keep(file, state)
+        print(f"{name}: {stage} {said}", flush=True)
 
 
 def collect(root: Path) -> None:
@@ -117,8 +122,8 @@ def collect(root: Path) -> None:
         log = [json.loads(line) for line in log]
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[run.name] = {
-            "run": run.name, "data": data, "arm": arm, "seed": seed, "flags": ARMS[arm],
-            **{k: config.get(k) for k in ("git", "torch", "device", "threads")},
+            "run": run.name, "data": data, "arm": arm, "seed": seed,
+            **{k: config.get(k) for k in ("command", "git", "torch", "device", "threads")},
             "minutes": {k: round(v, 1) for k, v in state["minutes"].items()}, "failed": state.get("failed", {}),
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
@@ -127,8 +132,12 @@ def collect(root: Path) -> None:
     LINES.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines, key=lambda k: order.get(k, 999))))
 
 
+# What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
+CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
+           "plain": None}
+
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
-         "linear %": ("teacher scenes", "top1"), "k-NN %": ("teacher scenes", "knn"),
+         "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
          "NYU mIoU %": ("teacher pairs", "miou"), "NYU RMSE m": ("teacher pairs", "rmse"),
          "cosine": ("cosines, mean over blocks", "after norm cls_patch")}
 
@@ -138,49 +147,60 @@ def number(line: dict, result: str, metric: str) -> float | None:
 
 
 def tables() -> None:
-    """For every data set: each arm's mean and standard deviation, and its paired difference to plain."""
+    """For every data set: each arm's mean and standard deviation, and its paired difference to its control."""
     import torch
 
     import analyze
-    lines = [d for d in map(json.loads, LINES.read_text().splitlines()) if not d["failed"]]
+    if not LINES.exists():
+        sys.exit(f"error: there is no {LINES}; run some of the plan first: python results/study.py --minutes 60")
+    every = [json.loads(line) for line in LINES.read_text().splitlines()]
+    lines = [d for d in every if not d["failed"]]
     for data in dict.fromkeys(d["data"] for d in lines):
         by = {(d["arm"], d["seed"]): d for d in lines if d["data"] == data}
-        print(f"\n{data}\n\n| arm | seeds | " + " | ".join(SHOWN) + " |\n|---|---|" + "---|" * len(SHOWN))
+        print(f"\n{data}\n\n| arm | against | seeds | " + " | ".join(SHOWN) + " |\n|---|---|---|" + "---|" * len(SHOWN))
         for arm in dict.fromkeys(arm for arm, _ in by):
-            seeds, cells = sorted(s for a, s in by if a == arm), []
+            control, seeds, cells = CONTROL.get(arm, "plain"), sorted(s for a, s in by if a == arm), []
             for result, metric in SHOWN.values():
-                found = [(number(by[arm, s], result, metric), number(by["plain", s], result, metric))
-                         for s in seeds if ("plain", s) in by]
-                found = [pair for pair in found if None not in pair]
-                if not found:
-                    cells.append("")
-                    continue
-                b, a = torch.tensor(found).double().T
                 digits = 3 if metric in ("rmse", "after norm cls_patch") else 2
-                spread = f" ± {b.std():.{digits}f}" if len(b) > 1 else ""
-                d = analyze.interval(a, b)
-                more = (f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}])"
-                        if arm != "plain" and len(b) > 1 else "")
-                cells.append(f"{b.mean():.{digits}f}{spread}{more}")
-            print(f"| {arm} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+                own = {s: x for s in seeds if (x := number(by[arm, s], result, metric)) is not None}
+                pairs = [(x, y) for s, y in own.items() if (control, s) in by
+                         and (x := number(by[control, s], result, metric)) is not None]
+                values = torch.tensor(list(own.values())).double()
+                cell = f"{values.mean():.{digits}f}" if own else ""
+                cell += f" ± {values.std():.{digits}f}" if len(own) > 1 else ""
+                cell += f" (n = {len(own)})" if own and len(own) < len(seeds) else ""
+                if len(pairs) > 1:
+                    d = analyze.interval(*torch.tensor(pairs).double().T)
+                    cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}])"
+                cells.append(cell)
+            print(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+    print("\nfailed: " + (", ".join(d["run"] for d in every if d["failed"]) or "none"))
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=1, help="runs at once (default: %(default)s)")
+    p.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", default=1, help="runs at once (default: %(default)s)")
     p.add_argument("--data", choices=["scenes", "tiny"], help="only this data set")
     p.add_argument("--arms", help="only these arms, a comma list")
-    p.add_argument("--tiny", help="folder of Tiny ImageNet's training pictures; without it those runs are left out")
-    p.add_argument("--nyu", help="NYU Depth v2 in the layout `pairs` of eval_dense.py, to judge on as well")
+    p.add_argument("--tiny", type=Path, help="folder of Tiny ImageNet's training pictures; without it those runs are left out")
+    p.add_argument("--nyu", type=Path, help="NYU Depth v2 in the layout `pairs` of eval_dense.py, to judge on as well")
     for name, text in (("list", "print the plan and stop"), ("tables", "print tables and stop"),
                        ("retry", "try again what failed")):
         p.add_argument(f"--{name}", action="store_true", help=text)
     args = p.parse_args()
-    args.root = args.root.absolute()
     if args.tables:
         return tables()
+    for name in ("root", "tiny", "nyu"):
+        if getattr(args, name):
+            setattr(args, name, getattr(args, name).absolute())
+            if name != "root" and not getattr(args, name).is_dir():
+                p.error(f"argument --{name}: there is no folder {getattr(args, name)}")
+    if unknown := set(filter(None, (args.arms or "").split(","))) - ARMS.keys():
+        p.error(f"argument --arms: no {', '.join(sorted(unknown))}; the plan has {', '.join(ARMS)}")
+    if args.data == "tiny" and not args.tiny:
+        p.error("argument --data: tiny needs --tiny, the folder of Tiny ImageNet's training pictures")
     wanted = [(data, arm, seed) for data, arm, seed in names()
               if (data != "tiny" or args.tiny) and data in (args.data or data) and arm in (args.arms or arm).split(",")]
     if args.list:

@@ -35,7 +35,7 @@ def small(monkeypatch, tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     real = study.stages
     monkeypatch.setattr(study, "stages", lambda args, run, data, arm, seed: {
-        stage: f"{tmp_path}/fake.py {stage} {run} {arm} {seed}" for stage in real(args, run, data, arm, seed)})
+        stage: [f"{tmp_path}/fake.py", stage, str(run), arm, str(seed)] for stage in real(args, run, data, arm, seed)})
     monkeypatch.setattr(study, "LINES", tmp_path / "study.jsonl")
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), [0, 1])])
 
@@ -50,7 +50,7 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path):
     args = type("args", (), {"tiny": "pictures", "nyu": "nyu"})
     for data, arm, seed in study.names():
         commands = study.stages(args, tmp_path / "run", data, arm, seed)
-        parsed = train.parse(commands["train"].split()[1:])
+        parsed = train.parse(commands["train"][1:])
         train.Network(argparse_with(parsed, classes=6))
         assert parsed.seed == seed and (parsed.data == "scenes") == (data == "scenes")
     count = lambda arm: clsspec.parameters_by_component(train.Network(train.parse(study.ARMS[arm].split())).backbone)["total"]
@@ -73,8 +73,9 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
     small("--tables")
     table = capsys.readouterr().out.splitlines()
-    assert "| plain | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  |  |" in table
-    assert "| norms | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) |  |  |  |  |  |" in table
+    assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  |  |" in table
+    assert ("| norms | plain | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) "
+            "|  |  |  |  |  |") in table and table[-1] == "failed: none"
     small("--list")
     assert "scenes-norms-1    train, scenes, inside" in capsys.readouterr().out
 
@@ -101,5 +102,36 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
     assert "not finite at step 3" in lines[0]["failed"]["train"]
     capsys.readouterr()
     assert len(small()) == 2 and capsys.readouterr().out == ""
+    small("--tables")
+    assert "failed: scenes-bad-0" in capsys.readouterr().out
     small("--retry")
     assert "bad-0: train FAILED" in capsys.readouterr().out
+
+
+def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "bias", "bias-qkv4", "dino"), [0, 1])])
+    small("--workers", 2)
+    lines = [json.loads(line) for line in study.LINES.read_text().splitlines()]
+    for d in lines:
+        d["results"]["teacher scenes tasks=seg"]["miou"] = {"plain": 30, "bias": 20, "bias-qkv4": 25, "dino": 9}[d["arm"]]
+    study.LINES.write_text("".join(json.dumps(d) + "\n" for d in lines))
+    capsys.readouterr()
+    study.tables()
+    table = capsys.readouterr().out
+    assert "| bias | plain | 0, 1 | 20.00 ± 0.00 (-10.00" in table and "| bias-qkv4 | bias | 0, 1 | 25.00 ± 0.00 (+5.00" in table
+    assert "| dino |  | 0, 1 | 9.00 ± 0.00 |" in table
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--arms", "plain,typo"], "no typo; the plan has plain"), (["--data", "tiny"], "needs --tiny"),
+    (["--nyu", "nowhere"], "there is no folder"), (["--workers", "0"], "invalid choice")], ids=str)
+def test_what_cannot_be_is_said(small, capsys, flags, said):
+    with pytest.raises(SystemExit):
+        small(*flags)
+    assert said in capsys.readouterr().err
+
+
+def test_tables_without_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "LINES", tmp_path / "none")
+    with pytest.raises(SystemExit, match="run some of the plan first"):
+        study.tables()

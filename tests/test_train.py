@@ -327,15 +327,21 @@ def test_bench_times_both_networks_in_turns_and_leaves_nothing(tmp_path, ranks):
     assert not list(tmp_path.iterdir())
 
 
-def test_bench_compares_what_it_says(monkeypatch, capsys):
+def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     """As given with its variant, plain without, plain again the very same network; labels have views of their own."""
+    monkeypatch.chdir(tmp_path)
     calls, real = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec))
+    monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec, rest[-3]))
                         or real(args, learner, *rest))
     train.main([*QUICK, "--attn", "entmax15", "--spec", "norms", "--bench", "2"])
-    made = [(name, *rest) for name, *rest in calls]
-    given, plain = made[0], made[3]
+    given, plain = calls[0][:3], calls[3][:3]
     assert given[1:] == ("entmax15", ("norms",)) and plain[1:] == ("softmax", ())
-    assert made[:6] == [given] * 3 + [plain] * 3 and sorted(made[6:]) == sorted([given, plain, plain] * 2)
+    assert [c[:3] for c in calls[:6]] == [given] * 3 + [plain] * 3
+    for step, turn in ((3, calls[6:9]), (4, calls[9:])):  # equal work in a round
+        assert sorted(c[:3] for c in turn) == sorted([given, plain, plain]) and {c[3] for c in turn} == {step}
+    torch.manual_seed(0)
+    torch.save(train.Network(train.parse(QUICK)).backbone.state_dict(), "w.pth")
+    train.main([*QUICK, "--init", "w.pth", "--spec", "norms", "--bench", "1"])
+    assert [c[2] for c in calls[-3:]].count(()) == 2  # plain is plain then, too
     train.main([*QUICK, "--recipe", "deit3", "--bench", "1"])
     assert "views alone" in capsys.readouterr().out

@@ -219,7 +219,7 @@ def networks(*flags):
     args = train.parse([*QUICK, *flags])
     torch.manual_seed(0)
     student = train.Network(args)
-    return args, student, train.make_teacher(args, student)
+    return args, student, train.make_teacher(student)
 
 
 @pytest.mark.parametrize("flags", [[], ["--recipe", "dino"], ["--no-separate-head"], ["--local-crops", "0"],
@@ -328,7 +328,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(flags):
     args.classes = 6
     torch.manual_seed(0)
     student = train.Network(args)
-    teacher, optimizer = train.make_teacher(args, student), train.make_optimizer(args, student)
+    teacher, optimizer = train.make_teacher(student), train.make_optimizer(args, student)
     img, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # countable
     with FlopCounterMode(display=False) as counter, fused:

@@ -7,7 +7,6 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import clsspec

@@ -795,16 +795,21 @@ def resume(args, student: Network, teacher: Network, optimizer) -> int:
 # The run.
 
 
+def masked(args, patch: int) -> float:
+    """How many patches of a picture are masked, in both global views, on average."""
+    views = 2 * args.mask_share if args.ibot else 0
+    return views * (args.image_size // patch) ** 2 * sum(args.mask_ratio) / 2
+
+
 def step_flops(args, network: Network) -> float:
     """FLOPs that training needs for a picture, with all its views and heads. A backward pass takes
     two forward ones; the teacher has none, skips no branch and sees the global views only."""
     cfg, views, last = network.backbone.config, 1 if args.supervised else 2, not args.ibot
     one = clsspec.flops(cfg, args.image_size, args.image_size, last)
     local = clsspec.flops(cfg, args.local_size, args.local_size, True) * args.local_crops
-    masked = views * (args.image_size // cfg.patch) ** 2 * args.mask_share * sum(args.mask_ratio) / 2
     cls, patch = (2 * sum(p.numel() for p in getattr(network, name, nn.Identity()).parameters())
                   for name in ("cls_head", "patch_head"))
-    heads = cls * (4 * views + 3 * args.local_crops) + (patch * 4 * masked if args.ibot else 0)
+    heads = cls * (4 * views + 3 * args.local_crops) + patch * 4 * masked(args, cfg.patch)
     return views * one * (1 + 3 * (1 - args.drop_path)) + 3 * (1 - args.drop_path) * local + heads
 
 
@@ -823,7 +828,8 @@ def describe(args, network: Network, ranks: int) -> None:
     kept = tokens * cfg.depth * cfg.width * (4 if args.checkpointing else each)
     weights = (heads + table["total"]) * 4 * 5  # student, teacher, gradient, AdamW's two moments
     k = args.classes if args.supervised else args.prototypes
-    logits = 4 * 3 * k * args.batch_size * (4 + args.local_crops)
+    rows = args.batch_size * (4 + args.local_crops + 2 * masked(args, cfg.patch))
+    logits = 3 * 4 * rows * k  # themselves, their softmax, a gradient or target; fp32
     warmup, batch = int(args.warmup * args.steps), args.batch_size * ranks
     name = f"head, {args.classes} classes" if args.supervised else f"heads, K = {args.prototypes}"
     for name, count in (table | {name: heads}).items():

@@ -123,7 +123,8 @@ def collect(root: Path) -> None:
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[run.name] = {
             "run": run.name, "data": data, "arm": arm, "seed": seed,
-            **{k: config.get(k) for k in ("command", "git", "torch", "device", "threads")},
+            "command": config.get("command", "").replace(str(root), "runs/study"),
+            **{k: config.get(k) for k in ("git", "torch", "device", "threads")},
             "minutes": {k: round(v, 1) for k, v in state["minutes"].items()}, "failed": state.get("failed", {}),
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],

@@ -111,7 +111,8 @@ def walk(model: ViT, img: Tensor):
         x = torch.cat([cls, x], dim=1) if i == model.join else x
         first = c.registers + (i >= model.join)
         normed = block.norm1(x)
-        q, k, v = block.attn.queries_keys_values(normed)
+        asking = 1 if isinstance(block, clsspec.ClassBlock) else None
+        q, k, v = block.attn.queries_keys_values(normed, asking)
         weights = block.attn.weights(q, k)
         mixed = rearrange(weights @ v, "b h t d -> b t (h d)")
         branch = block.ls1(block.attn.proj(mixed))

@@ -660,7 +660,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictur
 
 @lru_cache
 def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of these numbers, made once: to copy them waits until a GPU has done all its work."""
+    """A tensor of these numbers, made once: copying them waits until a GPU has done its work."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 

@@ -103,7 +103,7 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
     capsys.readouterr()
     assert len(small()) == 2 and capsys.readouterr().out == ""
     small("--tables")
-    assert "failed: scenes-bad-0" in capsys.readouterr().out
+    assert "failed: scenes-bad-0 (train)" in capsys.readouterr().out
     small("--retry")
     assert "bad-0: train FAILED" in capsys.readouterr().out
 

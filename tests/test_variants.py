@@ -125,10 +125,11 @@ def test_registers_have_no_position_and_come_back_in_their_place():
 
 def test_class_attention_is_the_first_row_of_attention_and_leaves_patches_alone():
     model, img = vit(class_attn=1, registers=2), picture()
-    attn, x = model.blocks[2].attn, torch.randn(2, 6, 32, dtype=torch.float64)
-    whole = vit().blocks[0].attn
-    whole.load_state_dict(attn.state_dict())
-    torch.testing.assert_close(attn(x), whole(x)[:, :1], atol=1e-12, rtol=0)
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    for some in ({}, {"attn_bias": True}, {"attn": "entmax15"}, {"spec": ("qkv",), "spec_blocks": 1}):
+        attn = vit(**some).blocks[0].attn
+        assert attn(x, 1).shape == (2, 1, 32)
+        torch.testing.assert_close(attn(x, 1), attn(x)[:, :1], atol=1e-12, rtol=0)
     before = model(img)
     _, x = model.embed(img)
     for block in model.blocks[:2]:
@@ -186,7 +187,7 @@ def test_the_bias_is_key_0():
 
 def test_a_class_block_by_its_equations():
     block, x = vit(class_attn=1).blocks[2], torch.randn(2, 6, 32, dtype=torch.float64)
-    cls = x[:, :1] + block.attn(block.norm1(x)) * block.ls1.gamma
+    cls = x[:, :1] + block.attn(block.norm1(x), 1) * block.ls1.gamma
     cls = cls + block.mlp(block.norm2(cls)) * block.ls2.gamma
     torch.testing.assert_close(block(x), torch.cat([cls, x[:, 1:]], 1), atol=1e-12, rtol=0)
 

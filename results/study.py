@@ -3,7 +3,9 @@
     python results/study.py --list                        # the runs, in their order, and what is done
     python results/study.py --minutes 60 --workers 2      # go on with the list for an hour, two at once
     python results/study.py --minutes 10 --nyu path/to/nyu --tiny path/to/tiny_imagenet
+    python results/study.py --minutes 10 --workers 3 --scale small             # ViT-S/16, with a GPU
     python results/study.py --tables                      # from results/study.jsonl, for the README
+    python results/study.py --draw                        # the same as pictures, results/study-*.png
 
 What is done is skipped; at the time limit a run saves its checkpoint, and the next call goes on with
 it. Every finished run is a line of results/study.jsonl: command, versions, all numbers, the log's
@@ -13,6 +15,7 @@ probes. A command that fails is written down there too, and not tried again (unl
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,9 +27,10 @@ sys.path.insert(0, str(HERE.parent))
 
 LINES = HERE / "study.jsonl"
 
-ARMS = {  # flags of train.py; `wide` has as many parameters as qkv4
+WIDE = {"nano": 4.535, "small": 4.508}  # the MLP's ratio, so that `wide` has as many parameters as qkv4
+ARMS = {  # flags of train.py
     "plain": "", "norms": "--spec norms", "qkv4": "--spec norms,qkv --spec-blocks 4",
-    "wide": "--mlp-ratio 4.535",
+    "wide": "--mlp-ratio {wide}",
     "qkv2": "--spec norms,qkv --spec-blocks 2", "qkv8": "--spec norms,qkv --spec-blocks 8",
     "qkv12": "--spec norms,qkv --spec-blocks 12",
     "rank8": "--spec norms,qkv --spec-blocks 4 --spec-rank 8",
@@ -47,6 +51,11 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
 ]
 
 
+def named(scale: str, data: str, arm: str, seed: int) -> str:
+    """A run's name, and its folder's below --root."""
+    return f"{'' if scale == 'nano' else scale + '-'}{data}-{arm}-{seed}"
+
+
 def names() -> list[tuple[str, str, int]]:
     runs = [(data, arm, seed) for data, arms, seeds in PLAN for seed in seeds for arm in arms]
     return list(dict.fromkeys(runs))
@@ -58,8 +67,9 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
     pictures = ["--data", str(args.tiny)] if data == "tiny" else []
     judge, nyu = ["eval_dense.py", str(run)], ["--data", "pairs", "--root", str(args.nyu)]
     untrained = ["--network", "untrained"]
-    out = {"train": ["train.py", *ARMS[arm].split(), "--seed", str(seed), *pictures, "--no-probe", "--save-every", "50",
-                     "--out", str(run), resume], "scenes": judge}
+    flags = ARMS[arm].format(wide=WIDE[args.scale]).split()
+    out = {"train": ["train.py", "--scale", args.scale, *flags, "--seed", str(seed), *pictures, "--no-probe",
+                     "--save-every", "50", "--out", str(run), resume], "scenes": judge}
     if (data, arm) == ("scenes", "plain"):
         out["untrained"] = judge + untrained
     out["inside"] = ["analyze.py", str(run), "--what", "cosines,dimensions,norms", "--pictures", "256"]
@@ -78,7 +88,7 @@ def keep(file: Path, state: dict) -> None:
 
 def work(args, end: float, data: str, arm: str, seed: int) -> None:
     """Take one run as far as the time allows."""
-    name = f"{data}-{arm}-{seed}"
+    name = named(args.scale, data, arm, seed)
     run, log = args.root / name, args.root / f"{name}.txt"
     file = run / "study.json"
     state = {"minutes": {}, "before": {}, "failed": {}} | (json.loads(file.read_text()) if file.exists() else {})
@@ -112,24 +122,27 @@ def collect(root: Path) -> None:
     """Every run that is judged, or failed, as a line of study.jsonl; lines of others stay."""
     import analyze  # not at the top: torch is large, and this process mostly waits
     lines = {d["run"]: d for d in map(json.loads, LINES.read_text().splitlines())} if LINES.exists() else {}
-    for data, arm, seed in names():
-        run = root / f"{data}-{arm}-{seed}"
+    plan = {named(scale, *one): (scale, *one) for scale in WIDE for one in names()}
+    for name, (scale, data, arm, seed) in plan.items():
+        run = root / name
         state = json.loads((run / "study.json").read_text()) if (run / "study.json").exists() else {"minutes": {}}
         if "inside" not in state["minutes"] and not state.get("failed"):
             continue
         config = analyze.read_json(run / "config.json")
         log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
         log = [json.loads(line) for line in log]
+        inside = analyze.read_json(run / "analysis.json").get("cosines", {}).get("models", {})
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
-        lines[run.name] = {
-            "run": run.name, "data": data, "arm": arm, "seed": seed,
+        lines[name] = {
+            "run": name, "scale": scale, "data": data, "arm": arm, "seed": seed,
             "command": config.get("command", "").replace(str(root), "runs/study"),
             **{k: config.get(k) for k in ("git", "torch", "device", "threads")},
             "minutes": {k: round(v, 1) for k, v in state["minutes"].items()}, "failed": state.get("failed", {}),
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
-            "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()}}
-    order = {f"{d}-{a}-{s}": i for i, (d, a, s) in enumerate(names())}
+            "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()},
+            "cosine by block": [round(x, 4) for m in inside.values() for x in m["after norm cls_patch"] if x is not None]}
+    order = {name: i for i, name in enumerate(plan)}
     LINES.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines, key=lambda k: order.get(k, 999))))
 
 
@@ -143,39 +156,102 @@ SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rms
          "cosine": ("cosines, mean over blocks", "after norm cls_patch")}
 
 
-def number(line: dict, result: str, metric: str) -> float | None:
-    return next((v[metric] for k, v in line["results"].items() if k.startswith(result) and metric in v), None)
+def read() -> list[dict]:
+    if not LINES.exists():
+        sys.exit(f"error: there is no {LINES}; run some of the plan first: python results/study.py --minutes 60")
+    return [json.loads(line) for line in LINES.read_text().splitlines()]
+
+
+def groups(every: list[dict]) -> dict[str, dict]:
+    """{data set, with the scale: {(arm, seed): line}} of what is judged on Scenes at least."""
+    out = {}
+    for d in every:
+        if "inside" in d["minutes"]:
+            out.setdefault(f"{d['scale']}, {d['data']}", {})[d["arm"], d["seed"]] = d
+    return out
+
+
+def numbers(by: dict, arm: str, result: str, metric: str) -> dict[int, float]:
+    """{seed: number}"""
+    found = {s: [v[metric] for k, v in line["results"].items() if k.startswith(result) and metric in v]
+             for (a, s), line in by.items() if a == arm}
+    return {s: found[s][0] for s in sorted(found) if found[s]}
+
+
+def difference(by: dict, arm: str, result: str, metric: str) -> dict | None:
+    """An arm minus its control over the seeds that both have: analyze.interval, and the single ones."""
+    import analyze
+    import torch
+    a, b = (numbers(by, who, result, metric) for who in (CONTROL.get(arm, "plain"), arm))
+    pairs = torch.tensor([(a[s], b[s]) for s in a if s in b]).double()
+    return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if len(pairs) else None
 
 
 def tables() -> None:
     """For every data set: each arm's mean and standard deviation, and its paired difference to its control."""
-    import torch
-
-    import analyze
-    if not LINES.exists():
-        sys.exit(f"error: there is no {LINES}; run some of the plan first: python results/study.py --minutes 60")
-    every = [json.loads(line) for line in LINES.read_text().splitlines()]
-    lines = [d for d in every if "inside" in d["minutes"]]  # judged on Scenes at least
-    for data in dict.fromkeys(d["data"] for d in lines):
-        by = {(d["arm"], d["seed"]): d for d in lines if d["data"] == data}
-        print(f"\n{data}\n\n| arm | against | seeds | " + " | ".join(SHOWN) + " |\n|---|---|---|" + "---|" * len(SHOWN))
+    every = read()
+    for title, by in groups(every).items():
+        print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(SHOWN) + " |\n|---|---|---|" + "---|" * len(SHOWN))
         for arm in dict.fromkeys(arm for arm, _ in by):
-            control, seeds, cells = CONTROL.get(arm, "plain"), sorted(s for a, s in by if a == arm), []
+            seeds, cells = sorted(s for a, s in by if a == arm), []
             for result, metric in SHOWN.values():
                 digits = 3 if metric in ("rmse", "after norm cls_patch") else 2
-                own = {s: x for s in seeds if (x := number(by[arm, s], result, metric)) is not None}
-                pairs = [(x, y) for s, y in own.items() if (control, s) in by
-                         and (x := number(by[control, s], result, metric)) is not None]
-                values = torch.tensor(list(own.values())).double()
-                cell = f"{values.mean():.{digits}f}" if own else ""
-                cell += f" ± {values.std():.{digits}f}" if len(own) > 1 else ""
+                own, d = [*numbers(by, arm, result, metric).values()], difference(by, arm, result, metric)
+                cell = f"{statistics.mean(own):.{digits}f}" if own else ""
+                cell += f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
                 cell += f" (n = {len(own)})" if own and len(own) < len(seeds) else ""
-                if len(pairs) > 1:
-                    d = analyze.interval(*torch.tensor(pairs).double().T)
+                if d and d["n"] > 1:
                     cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}])"
                 cells.append(cell)
-            print(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+            print(f"| {arm} | {CONTROL.get(arm, 'plain') or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
     print("\nfailed: " + (", ".join(f"{d['run']} ({stage})" for d in every for stage in d["failed"]) or "none"))
+
+
+def draw() -> None:
+    """study-SCALE-DATA.png: paired differences; study-cosines.png: by block, a line a run;
+    study-degradation.png: what the long runs' probes read while they trained."""
+    import analyze
+    if analyze.Figure is None:
+        sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
+    data = groups(read())
+    for title, by in data.items():
+        panels = {name: {arm: d for arm in dict.fromkeys(arm for arm, _ in by)
+                         if (d := difference(by, arm, *what)) and d["n"] > 1} for name, what in SHOWN.items()}
+        panels = {name: arms for name, arms in panels.items() if arms}
+        if not panels:
+            continue
+        fig, axes = analyze.canvas(len(panels), min(len(panels), 3))
+        for ax, (name, arms) in zip(axes, panels.items()):
+            for y, d in enumerate(arms.values()):
+                ax.plot(d["each"], [y] * d["n"], "o", color="#999999", markersize=4)
+                ax.plot([d["low"], d["high"]], [y, y], "k-", linewidth=1.5)
+                ax.plot(d["difference"], y, "k|", markersize=14)
+            ax.axvline(0, color="#0072B2", linestyle="--", linewidth=1)
+            ax.set(title=name, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
+        fig.suptitle(f"{title}: difference to the control with the same seed. Dots: seeds; bars: 95 % intervals of the mean",
+                     fontsize=10)
+        fig.savefig(LINES.with_name(f"study-{title.replace(', ', '-')}.png"), dpi=70)
+    fig, axes = analyze.canvas(len(data), min(len(data), 2))
+    for ax, (title, by) in zip(axes, data.items()):
+        for i, arm in enumerate(MAIN):
+            for n, values in enumerate(d["cosine by block"] for (a, _), d in by.items() if a == arm):
+                ax.plot(range(1, 1 + len(values)), values, **analyze.style(i), linewidth=1, label=arm if n == 0 else None)
+        ax.set(title=title, xlabel="block (the last is the final norm)", ylabel="cosine, [CLS] and patches, after norm1")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    fig.savefig(LINES.with_name("study-cosines.png"), dpi=90)
+    long = {arm: [d["probes"] for by in data.values() for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")}
+    if all(long.values()):
+        fig, axes = analyze.canvas(2, 2)
+        for ax, metric, title in zip(axes, ("miou", "rmse"), ("mIoU %", "depth RMSE, m")):
+            for i, (arm, runs) in enumerate(long.items()):
+                for n, probes in enumerate(runs):
+                    ax.plot([p["step"] for p in probes], [p[metric] for p in probes], **analyze.style(i),
+                            label=arm if n == 0 else None)
+            ax.set(title=f"{title} while training, online probe", xlabel="step")
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=7)
+        fig.savefig(LINES.with_name("study-degradation.png"), dpi=90)
 
 
 def main() -> None:
@@ -183,16 +259,20 @@ def main() -> None:
     p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
     p.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", default=1, help="runs at once (default: %(default)s)")
+    p.add_argument("--scale", choices=list(WIDE), default="nano", help="train.py's (default: %(default)s)")
     p.add_argument("--data", choices=["scenes", "tiny"], help="only this data set")
     p.add_argument("--arms", help="only these arms, a comma list")
     p.add_argument("--tiny", type=Path, help="folder of Tiny ImageNet's training pictures; without it those runs are left out")
     p.add_argument("--nyu", type=Path, help="NYU Depth v2 in the layout `pairs` of eval_dense.py, to judge on as well")
     for name, text in (("list", "print the plan and stop"), ("tables", "print tables and stop"),
+                       ("draw", "make pictures of them, with matplotlib, and stop"),
                        ("retry", "try again what failed")):
         p.add_argument(f"--{name}", action="store_true", help=text)
     args = p.parse_args()
     if args.tables:
         return tables()
+    if args.draw:
+        return draw()
     for name in ("root", "tiny", "nyu"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).absolute())
@@ -206,9 +286,10 @@ def main() -> None:
               if (data != "tiny" or args.tiny) and data in (args.data or data) and arm in (args.arms or arm).split(",")]
     if args.list:
         for data, arm, seed in wanted:
-            file = args.root / f"{data}-{arm}-{seed}" / "study.json"
+            name = named(args.scale, data, arm, seed)
+            file = args.root / name / "study.json"
             done = json.loads(file.read_text()) if file.exists() else {}
-            print(f"{data}-{arm}-{seed:<4}", "FAILED" if done.get("failed") else ", ".join(done.get("minutes", ())))
+            print(f"{name:24}", "FAILED" if done.get("failed") else ", ".join(done.get("minutes", ())))
         return
     args.root.mkdir(parents=True, exist_ok=True)
     threads = max((os.cpu_count() or 1) // args.workers, 1)

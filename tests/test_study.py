@@ -1,9 +1,11 @@
 """The command behind results/STUDY.md: it does what is left, stops in time, and writes down what it found."""
 
+import importlib.util
 import json
 import sys
 
 import pytest
+import torch
 
 import clsspec
 from conftest import QUICK, ROOT
@@ -15,7 +17,7 @@ import train  # noqa: E402
 
 FAKE = """
 import json, pathlib, sys
-stage, run, arm, seed = sys.argv[1:]
+stage, run, arm, seed = sys.argv[1:]  # what a stage leaves behind, without its work
 run = pathlib.Path(run)
 if (stage, arm) == ("train", "bad"):
     sys.exit("error: not finite at step 3")
@@ -26,6 +28,9 @@ if stage == "train":
 elif stage == "scenes":
     result = {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}
     (run / "eval.json").write_text(json.dumps({"teacher scenes tasks=seg": result}))
+elif stage == "inside":
+    cosines = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}}}
+    (run / "analysis.json").write_text(json.dumps({"cosines": cosines}))
 """
 
 
@@ -46,21 +51,21 @@ def small(monkeypatch, tmp_path):
     return call
 
 
-def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path):
-    args = type("args", (), {"tiny": "pictures", "nyu": "nyu"})
+@pytest.mark.parametrize("scale", study.WIDE)
+def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
+    args = type("args", (), {"tiny": "pictures", "nyu": "nyu", "scale": scale})
+    made = set()
     for data, arm, seed in study.names():
-        commands = study.stages(args, tmp_path / "run", data, arm, seed)
-        parsed = train.parse(commands["train"][1:])
-        train.Network(argparse_with(parsed, classes=6))
+        parsed = train.parse(study.stages(args, tmp_path / "run", data, arm, seed)["train"][1:])
         assert parsed.seed == seed and (parsed.data == "scenes") == (data == "scenes")
-    count = lambda arm: clsspec.parameters_by_component(train.Network(train.parse(study.ARMS[arm].split())).backbone)["total"]
-    assert abs(count("wide") / count("qkv4") - 1) < 0.002
-
-
-def argparse_with(args, **more):
-    for name, value in more.items():
-        setattr(args, name, value)
-    return args
+        if arm not in made:
+            made.add(arm)
+            parsed.classes = 6
+            with torch.device("meta"):
+                train.Network(parsed)
+    wide, qkv4 = (train.parse(study.stages(args, tmp_path, "scenes", arm, 0)["train"][1:]) for arm in ("wide", "qkv4"))
+    count = lambda args: clsspec.parameters_by_component(train.Network(args).backbone)["total"]
+    assert abs(count(wide) / count(qkv4) - 1) < 0.002 and wide.scale == scale
 
 
 def test_it_does_what_is_left_and_compares(small, capsys):
@@ -73,11 +78,27 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
     small("--tables")
     table = capsys.readouterr().out.splitlines()
-    assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  |  |" in table
+    assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  | 0.625 ± 0.354 |" in table
     assert ("| norms | plain | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) "
-            "|  |  |  |  |  |") in table and table[-1] == "failed: none"
+            "|  |  |  |  | 0.625 ± 0.354 (+0.000 [+0.000, +0.000]) |") in table and table[-1] == "failed: none"
     small("--list")
-    assert "scenes-norms-1    train, scenes, inside" in capsys.readouterr().out
+    assert "scenes-norms-1           train, scenes, inside" in capsys.readouterr().out
+
+
+def test_pictures_of_the_tables(small, monkeypatch):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "dino", "dino-entmax"), [0, 1])])
+    lines = small()
+    assert lines[1]["cosine by block"] == [0.5, 0.25]
+    for d in lines:
+        d["probes"] = [{"step": 4, "miou": 1.0, "rmse": 2.0}]
+    study.LINES.write_text("".join(json.dumps(d) + "\n" for d in lines))
+    if not importlib.util.find_spec("matplotlib"):
+        with pytest.raises(SystemExit, match="python -m pip install matplotlib"):
+            small("--draw")
+        return
+    small("--draw")
+    made = {file.name for file in study.LINES.parent.glob("*.png")}
+    assert made == {"study-nano-scenes.png", "study-cosines.png", "study-degradation.png"}
 
 
 def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):

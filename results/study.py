@@ -148,7 +148,7 @@ def collect(root: Path) -> None:
 
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
-           "plain": None}
+           "plain": None, "untrained": None}
 
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
@@ -163,11 +163,17 @@ def read() -> list[dict]:
 
 
 def groups(every: list[dict]) -> dict[str, dict]:
-    """{data set, with the scale: {(arm, seed): line}} of what is judged on Scenes at least."""
+    """{data set, with the scale: {(arm, seed): line}} of what is judged on Scenes at least. The networks that
+    plain ones were at step 0 are an arm of their own, `untrained`."""
     out = {}
     for d in every:
-        if "inside" in d["minutes"]:
-            out.setdefault(f"{d['scale']}, {d['data']}", {})[d["arm"], d["seed"]] = d
+        if "inside" not in d["minutes"]:
+            continue
+        by = out.setdefault(f"{d['scale']}, {d['data']}", {})
+        start = {k.replace("untrained", "teacher"): v for k, v in d["results"].items() if k.startswith("untrained")}
+        if start:
+            by["untrained", d["seed"]] = d | {"results": start}
+        by[d["arm"], d["seed"]] = d
     return out
 
 

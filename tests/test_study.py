@@ -27,7 +27,7 @@ if stage == "train":
     (run / "log.jsonl").write_text(json.dumps({"step": 4, "img_per_s": 2.0, "miou": 1.0}) + "\\n")
 elif stage == "scenes":
     result = {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}
-    (run / "eval.json").write_text(json.dumps({"teacher scenes tasks=seg": result}))
+    (run / "eval.json").write_text(json.dumps({"teacher scenes tasks=seg": result, "untrained scenes": {"miou": 9}}))
 elif stage == "inside":
     cosines = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}}}
     (run / "analysis.json").write_text(json.dumps({"cosines": cosines}))
@@ -78,6 +78,7 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
     small("--tables")
     table = capsys.readouterr().out.splitlines()
+    assert "| untrained |  | 0, 1 | 9.00 ± 0.00 |  |  |  |  |  |  |" in table
     assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  | 0.625 ± 0.354 |" in table
     assert ("| norms | plain | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) "
             "|  |  |  |  | 0.625 ± 0.354 (+0.000 [+0.000, +0.000]) |") in table and table[-1] == "failed: none"

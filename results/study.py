@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -153,7 +154,10 @@ CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "b
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
          "NYU mIoU %": ("teacher pairs", "miou"), "NYU RMSE m": ("teacher pairs", "rmse"),
-         "cosine": ("cosines, mean over blocks", "after norm cls_patch")}
+         "cosine": ("cosines, mean over blocks", "after norm cls_patch")}  # of [CLS] with patches, after norm1
+GEOMETRY = {f"{who}, {point}": ("cosines, mean over blocks", f"{point} {key}") for point in
+            ("before norm", "after norm", "attention", "after attention")
+            for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
 
 
 def read() -> list[dict]:
@@ -194,14 +198,15 @@ def difference(by: dict, arm: str, result: str, metric: str) -> dict | None:
 
 
 def tables() -> None:
-    """For every data set: each arm's mean and standard deviation, and its paired difference to its control."""
+    """For every data set: each arm's mean and standard deviation, and its paired difference to its control; then the
+    same of cosines at four points of a block."""
     every = read()
-    for title, by in groups(every).items():
-        print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(SHOWN) + " |\n|---|---|---|" + "---|" * len(SHOWN))
+    for (title, by), shown in product(groups(every).items(), (SHOWN, GEOMETRY)):
+        print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
         for arm in dict.fromkeys(arm for arm, _ in by):
             seeds, cells = sorted(s for a, s in by if a == arm), []
-            for result, metric in SHOWN.values():
-                digits = 3 if metric in ("rmse", "after norm cls_patch") else 2
+            for result, metric in shown.values():
+                digits = 3 if metric == "rmse" or "patch" in metric else 2
                 own, d = [*numbers(by, arm, result, metric).values()], difference(by, arm, result, metric)
                 cell = f"{statistics.mean(own):.{digits}f}" if own else ""
                 cell += f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
@@ -214,8 +219,8 @@ def tables() -> None:
 
 
 def draw() -> None:
-    """study-SCALE-DATA.png: paired differences; study-cosines.png: by block, a line a run;
-    study-degradation.png: what the long runs' probes read while they trained."""
+    """study-SCALE-DATA.png: paired differences; study-cosines.png: by block, a thin line a run, a thick one their
+    mean; study-degradation.png: what the long runs' probes read while they trained."""
     import analyze
     if analyze.Figure is None:
         sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
@@ -229,9 +234,9 @@ def draw() -> None:
         fig, axes = analyze.canvas(len(panels), min(len(panels), 3))
         for ax, (name, arms) in zip(axes, panels.items()):
             for y, d in enumerate(arms.values()):
-                ax.plot(d["each"], [y] * d["n"], "o", color="#999999", markersize=4)
                 ax.plot([d["low"], d["high"]], [y, y], "k-", linewidth=1.5)
                 ax.plot(d["difference"], y, "k|", markersize=14)
+                ax.plot(d["each"], [y] * d["n"], "o", color="#D55E00", markersize=4)
             ax.axvline(0, color="#0072B2", linestyle="--", linewidth=1)
             ax.set(title=name, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
         fig.suptitle(f"{title}: difference to the control with the same seed. Dots: seeds; bars: 95 % intervals of the mean",
@@ -240,8 +245,12 @@ def draw() -> None:
     fig, axes = analyze.canvas(len(data), min(len(data), 2))
     for ax, (title, by) in zip(axes, data.items()):
         for i, arm in enumerate(MAIN):
-            for n, values in enumerate(d["cosine by block"] for (a, _), d in by.items() if a == arm):
-                ax.plot(range(1, 1 + len(values)), values, **analyze.style(i), linewidth=1, label=arm if n == 0 else None)
+            runs = [d["cosine by block"] for (a, _), d in by.items() if a == arm]
+            for values in runs:
+                ax.plot(range(1, 1 + len(values)), values, **analyze.style(i), linewidth=0.8, alpha=0.4)
+            if runs:
+                ax.plot(range(1, 1 + len(values)), [sum(some) / len(some) for some in zip(*runs)], **analyze.style(i),
+                        linewidth=2, label=arm)
         ax.set(title=title, xlabel="block (the last is the final norm)", ylabel="cosine, [CLS] and patches, after norm1")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)

@@ -4,20 +4,22 @@
     python results/study.py --minutes 60 --workers 2      # go on with the list for an hour, two at once
     python results/study.py --minutes 10 --nyu path/to/nyu --tiny path/to/tiny_imagenet
     python results/study.py --minutes 10 --workers 3 --scale small             # ViT-S/16, with a GPU
-    python results/study.py --tables                      # from results/study.jsonl, for the README
-    python results/study.py --draw                        # the same as pictures, results/study-*.png
+    python results/study.py --tables --lines results/study.jsonl               # the published runs; without --lines, yours
+    python results/study.py --draw --lines results/study.jsonl                 # the same as pictures, beside that file
 
-What is done is skipped; at the time limit a run saves its checkpoint, and the next call goes on with
-it. Every finished run is a line of results/study.jsonl: command, versions, all numbers, the log's
-probes. A command that fails is written down there too, and not tried again (unless --retry).
+What is done is skipped; at the time limit, or at Ctrl-C, a run saves its checkpoint, and the next call
+goes on with it. Every finished run is a line of ROOT/study.jsonl: command, versions, all numbers, the
+log's probes. A command that fails is written down there too, and not tried again (unless --retry).
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -26,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-LINES = HERE / "study.jsonl"
+STOP, CHILDREN = threading.Event(), set()  # somebody wants this to end; what is at work
 
 WIDE = {"nano": 4.535, "small": 4.508}  # the MLP's ratio, so that `wide` has as many parameters as qkv4
 ARMS = {  # flags of train.py
@@ -87,6 +89,13 @@ def keep(file: Path, state: dict) -> None:
     file.with_suffix(".tmp").replace(file)
 
 
+def leave(*_) -> None:
+    """Ctrl-C or SIGTERM: train.py saves, the rest is lost, and nothing more is begun."""
+    STOP.set()
+    for child in list(CHILDREN):
+        child.terminate()
+
+
 def work(args, end: float, data: str, arm: str, seed: int) -> None:
     """Take one run as far as the time allows."""
     name = named(args.scale, data, arm, seed)
@@ -95,58 +104,65 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
     state = {"minutes": {}, "before": {}, "failed": {}} | (json.loads(file.read_text()) if file.exists() else {})
     state["failed"] = {} if args.retry else state["failed"]
     for stage, command in stages(args, run, data, arm, seed).items():
-        if state["failed"] or time.time() > end:
-            return
         if stage in state["minutes"]:
             continue
+        if state["failed"] or STOP.is_set() or time.time() > end:
+            return
         start = time.time()
         with open(log, "a") as out:
             child = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stdout=out, stderr=out)
+        CHILDREN.add(child)
         try:
             code = child.wait(timeout=max(end - start, 1))
         except subprocess.TimeoutExpired:
             child.terminate()  # train.py saves, and then leaves
             code = child.wait()
-        minutes = state["before"].pop(stage, 0) + (time.time() - start) / 60
-        if code in (-2, -15, 130, 143):
-            state["before"][stage] = minutes
-            said = "is not done, and goes on with the next call"
-        elif code:
-            state["failed"], said = {stage: log.read_text()[-500:]}, f"FAILED, see {log}"
-        else:
+        CHILDREN.remove(child)
+        minutes = (time.time() - start) / 60 + state["before"].pop(stage, 0)
+        if code == 0:
             state["minutes"][stage], said = minutes, f"{minutes:.1f} min"
+        elif STOP.is_set() or code in (-2, -15, 130, 143):
+            state["before"][stage], said = minutes, "is not done, and goes on with the next call"
+        else:
+            state["failed"], said = {stage: log.read_text()[-500:]}, f"FAILED, see {log}"
         keep(file, state)
         print(f"{name}: {stage} {said}", flush=True)
+        if code:
+            return  # what is not trained to its end is not judged
 
 
-def collect(root: Path) -> None:
-    """Every run that is judged, or failed, as a line of study.jsonl; lines of others stay."""
+def collect(args) -> None:
+    """Every run that is judged, or failed, as a line of --lines; lines of others stay, and so do those of runs to
+    which nothing was added, whatever has happened to their folders."""
     import analyze  # not at the top: torch is large, and this process mostly waits
-    lines = {d["run"]: d for d in map(json.loads, LINES.read_text().splitlines())} if LINES.exists() else {}
+    lines = {d["run"]: d for d in read(args.lines)} if args.lines.exists() else {}
     plan = {named(scale, *one): (scale, *one) for scale in WIDE for one in names()}
     for name, (scale, data, arm, seed) in plan.items():
-        run = root / name
-        state = json.loads((run / "study.json").read_text()) if (run / "study.json").exists() else {"minutes": {}}
-        if "inside" not in state["minutes"] and not state.get("failed"):
+        run = args.root / name
+        state = {"minutes": {}, "failed": {}} | analyze.read_json(run / "study.json")
+        minutes = {k: round(v, 1) for k, v in state["minutes"].items()}
+        done = {"train", "scenes", "inside"} <= minutes.keys()
+        if not (done or state["failed"]) or (name in lines and lines[name]["minutes"] == minutes):
             continue
-        config = analyze.read_json(run / "config.json")
-        log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
-        log = [json.loads(line) for line in log]
+        config, log = analyze.read_json(run / "config.json"), run / "log.jsonl"
+        log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         inside = analyze.read_json(run / "analysis.json").get("cosines", {}).get("models", {})
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[name] = {
             "run": name, "scale": scale, "data": data, "arm": arm, "seed": seed,
-            "command": config.get("command", "").replace(str(root), "runs/study"),
-            **{k: config.get(k) for k in ("git", "torch", "device", "threads")},
-            "minutes": {k: round(v, 1) for k, v in state["minutes"].items()}, "failed": state.get("failed", {}),
+            "command": config.get("command", "").replace(str(args.root), "runs/study"),
+            **{k: config.get(k) for k in SETTING}, "minutes": minutes, "failed": state["failed"],
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
             "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()},
-            "cosine by block": [round(x, 4) for m in inside.values() for x in m["after norm cls_patch"] if x is not None]}
+            "cosine by block": [round(x, 4) for x in inside.get(name, {}).get("after norm cls_patch", ()) if x is not None]}
     order = {name: i for i, name in enumerate(plan)}
-    LINES.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines, key=lambda k: order.get(k, 999))))
+    beside = args.lines.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines, key=lambda k: order.get(k, 999))))
+    beside.replace(args.lines)
 
 
+SETTING = "git", "torch", "device", "threads"  # runs that differ in one of these are no pair
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
            "plain": None, "untrained": None}
@@ -155,15 +171,19 @@ SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rms
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
          "NYU mIoU %": ("teacher pairs", "miou"), "NYU RMSE m": ("teacher pairs", "rmse"),
          "cosine": ("cosines, mean over blocks", "after norm cls_patch")}  # of [CLS] with patches, after norm1
-GEOMETRY = {f"{who}, {point}": ("cosines, mean over blocks", f"{point} {key}") for point in
-            ("before norm", "after norm", "attention", "after attention")
-            for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
+INSIDE = {"overlap of large dimensions, after norm": ("dimensions, mean over blocks", "after norm overlap")} | {
+    f"cosine {who}, {point}": ("cosines, mean over blocks", f"{point} {key}")
+    for point in ("before norm", "after norm", "attention", "after attention")
+    for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
+LABELS = {"qkv4": "norms, qkv in 4", "wide": "plain, as many\nparameters", "qkv2": "norms, qkv in 2",
+          "qkv8": "norms, qkv in 8", "qkv12": "norms, qkv in 12"}
 
 
-def read() -> list[dict]:
-    if not LINES.exists():
-        sys.exit(f"error: there is no {LINES}; run some of the plan first: python results/study.py --minutes 60")
-    return [json.loads(line) for line in LINES.read_text().splitlines()]
+def read(file: Path) -> list[dict]:
+    if not file.exists():
+        sys.exit(f"error: there is no {file}; run some of the plan first: python results/study.py --minutes 60, "
+                 "or give --lines results/study.jsonl, which are the published runs")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def groups(every: list[dict]) -> dict[str, dict]:
@@ -182,66 +202,78 @@ def groups(every: list[dict]) -> dict[str, dict]:
 
 
 def numbers(by: dict, arm: str, result: str, metric: str) -> dict[int, float]:
-    """{seed: number}"""
-    found = {s: [v[metric] for k, v in line["results"].items() if k.startswith(result) and metric in v]
-             for (a, s), line in by.items() if a == arm}
+    """{seed: number}, judged by the protocol as it is: other options would stand in the result's name."""
+    found = {s: [v[metric] for k, v in line["results"].items() if f"{k} ".startswith(f"{result} ") and "=" not in k
+                 and metric in v] for (a, s), line in by.items() if a == arm}
     return {s: found[s][0] for s in sorted(found) if found[s]}
 
 
-def difference(by: dict, arm: str, result: str, metric: str) -> dict | None:
-    """An arm minus its control over the seeds that both have: analyze.interval, and the single ones."""
+def difference(by: dict, control: str | None, arm: str, result: str, metric: str) -> dict | None:
+    """An arm minus its control over the seeds that both have: analyze.interval, and the single ones. Runs of other
+    versions, devices or numbers of threads are no pair."""
     import analyze
     import torch
-    a, b = (numbers(by, who, result, metric) for who in (CONTROL.get(arm, "plain"), arm))
-    pairs = torch.tensor([(a[s], b[s]) for s in a if s in b]).double()
-    return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if len(pairs) else None
+    a, b = (numbers(by, who, result, metric) for who in (control, arm))
+    same = [s for s in a if s in b and all(by[control, s][k] == by[arm, s][k] for k in SETTING)]
+    pairs = torch.tensor([(a[s], b[s]) for s in same]).double()
+    return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if same else None
 
 
-def tables() -> None:
+def comparisons(by: dict) -> list[tuple[str, str | None]]:
+    """(arm, its control) of what is there; qkv4 also against the plain network of as many parameters."""
+    arms = dict.fromkeys(arm for arm, _ in by)
+    return [(arm, CONTROL.get(arm, "plain")) for arm in arms] + [("qkv4", "wide")] * (arms.keys() >= {"qkv4", "wide"})
+
+
+def tables(file: Path) -> None:
     """For every data set: each arm's mean and standard deviation, and its paired difference to its control; then the
-    same of cosines at four points of a block."""
-    every = read()
-    for (title, by), shown in product(groups(every).items(), (SHOWN, GEOMETRY)):
+    same of what is inside."""
+    every = read(file)
+    for (title, by), shown in product(groups(every).items(), (SHOWN, INSIDE)):
         print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
-        for arm in dict.fromkeys(arm for arm, _ in by):
+        for arm, control in comparisons(by):
             seeds, cells = sorted(s for a, s in by if a == arm), []
             for result, metric in shown.values():
-                digits = 3 if metric == "rmse" or "patch" in metric else 2
-                own, d = [*numbers(by, arm, result, metric).values()], difference(by, arm, result, metric)
+                digits = 2 if metric in ("miou", "linear", "knn") else 3
+                own, d = [*numbers(by, arm, result, metric).values()], difference(by, control, arm, result, metric)
                 cell = f"{statistics.mean(own):.{digits}f}" if own else ""
                 cell += f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
                 cell += f" (n = {len(own)})" if own and len(own) < len(seeds) else ""
                 if d and d["n"] > 1:
-                    cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}])"
+                    cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
+                    cell += f", n = {d['n']})" if d["n"] < len(own) else ")"
                 cells.append(cell)
-            print(f"| {arm} | {CONTROL.get(arm, 'plain') or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+            print(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
     print("\nfailed: " + (", ".join(f"{d['run']} ({stage})" for d in every for stage in d["failed"]) or "none"))
 
 
-def draw() -> None:
+def draw(file: Path) -> None:
     """study-SCALE-DATA.png: paired differences; study-cosines.png: by block, a thin line a run, a thick one their
-    mean; study-degradation.png: what the long runs' probes read while they trained."""
+    mean; study-degradation-SCALE.png: what the long runs' probes read while they trained."""
     import analyze
     if analyze.Figure is None:
         sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
-    data = groups(read())
+    data = groups(read(file))
+    if not data:
+        sys.exit(f"error: no run of {file} is judged yet")
     for title, by in data.items():
-        panels = {name: {arm: d for arm in dict.fromkeys(arm for arm, _ in by)
-                         if (d := difference(by, arm, *what)) and d["n"] > 1} for name, what in SHOWN.items()}
-        panels = {name: arms for name, arms in panels.items() if arms}
+        panels = {name: {f"{LABELS.get(arm, arm)}" + (f" - {control}" if control != "plain" else ""): d
+                         for arm, control in comparisons(by)
+                         if (d := difference(by, control, arm, *what)) and d["n"] > 1} for name, what in SHOWN.items()}
+        panels = {name: rows for name, rows in panels.items() if rows}
         if not panels:
             continue
         fig, axes = analyze.canvas(len(panels), min(len(panels), 3))
-        for ax, (name, arms) in zip(axes, panels.items()):
-            for y, d in enumerate(arms.values()):
+        for ax, (name, rows) in zip(axes, panels.items()):
+            for y, d in enumerate(rows.values()):
                 ax.plot([d["low"], d["high"]], [y, y], "k-", linewidth=1.5)
                 ax.plot(d["difference"], y, "k|", markersize=14)
                 ax.plot(d["each"], [y] * d["n"], "o", color="#D55E00", markersize=4)
             ax.axvline(0, color="#0072B2", linestyle="--", linewidth=1)
-            ax.set(title=name, yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-        fig.suptitle(f"{title}: difference to the control with the same seed. Dots: seeds; bars: 95 % intervals of the mean",
-                     fontsize=10)
-        fig.savefig(LINES.with_name(f"study-{title.replace(', ', '-')}.png"), dpi=70)
+            ax.set(title=name, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
+        fig.suptitle(f"{title}: difference to plain, or to what stands after the minus, with the same seed. "
+                     "Dots: seeds; bars: 95 % intervals of the mean", fontsize=10)
+        fig.savefig(file.with_name(f"study-{title.replace(', ', '-')}.png"), dpi=70)
     fig, axes = analyze.canvas(len(data), min(len(data), 2))
     for ax, (title, by) in zip(axes, data.items()):
         for i, arm in enumerate(MAIN):
@@ -250,30 +282,35 @@ def draw() -> None:
                 ax.plot(range(1, 1 + len(values)), values, **analyze.style(i), linewidth=0.8, alpha=0.4)
             if runs:
                 ax.plot(range(1, 1 + len(values)), [sum(some) / len(some) for some in zip(*runs)], **analyze.style(i),
-                        linewidth=2, label=arm)
+                        linewidth=2, label=LABELS.get(arm, arm))
         ax.set(title=title, xlabel="block (the last is the final norm)", ylabel="cosine, [CLS] and patches, after norm1")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
-    fig.savefig(LINES.with_name("study-cosines.png"), dpi=90)
-    long = {arm: [d["probes"] for by in data.values() for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")}
-    if all(long.values()):
+    fig.savefig(file.with_name("study-cosines.png"), dpi=90)
+    for title, by in data.items():
+        long = {arm: [d["probes"] for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")}
+        if not all(long.values()):
+            continue
         fig, axes = analyze.canvas(2, 2)
-        for ax, metric, title in zip(axes, ("miou", "rmse"), ("mIoU %", "depth RMSE, m")):
+        for ax, metric, name in zip(axes, ("miou", "rmse"), ("mIoU %", "depth RMSE, m")):
             for i, (arm, runs) in enumerate(long.items()):
                 for n, probes in enumerate(runs):
                     ax.plot([p["step"] for p in probes], [p[metric] for p in probes], **analyze.style(i),
                             label=arm if n == 0 else None)
-            ax.set(title=f"{title} while training, online probe", xlabel="step")
+            ax.set(title=f"{title}: {name} while training, online probe", xlabel="step")
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7)
-        fig.savefig(LINES.with_name("study-degradation.png"), dpi=90)
+        fig.savefig(file.with_name(f"study-degradation-{title.replace(', ', '-')}.png"), dpi=90)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
+    p.add_argument("--lines", type=Path, help="file of numbers, a line a run (default: ROOT/study.jsonl)")
     p.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
     p.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", default=1, help="runs at once (default: %(default)s)")
+    p.add_argument("--threads", type=int, choices=range(1, 65), metavar="N", default=1,
+                   help="of each run; other numbers round otherwise, and make no pairs (default: %(default)s)")
     p.add_argument("--scale", choices=list(WIDE), default="nano", help="train.py's (default: %(default)s)")
     p.add_argument("--data", choices=["scenes", "tiny"], help="only this data set")
     p.add_argument("--arms", help="only these arms, a comma list")
@@ -284,10 +321,9 @@ def main() -> None:
                        ("retry", "try again what failed")):
         p.add_argument(f"--{name}", action="store_true", help=text)
     args = p.parse_args()
-    if args.tables:
-        return tables()
-    if args.draw:
-        return draw()
+    args.lines = args.lines or args.root / "study.jsonl"
+    if args.tables or args.draw:
+        return draw(args.lines) if args.draw else tables(args.lines)
     for name in ("root", "tiny", "nyu"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).absolute())
@@ -307,13 +343,15 @@ def main() -> None:
             print(f"{name:24}", "FAILED" if done.get("failed") else ", ".join(done.get("minutes", ())))
         return
     args.root.mkdir(parents=True, exist_ok=True)
-    threads = max((os.cpu_count() or 1) // args.workers, 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     end = time.time() + 60 * args.minutes
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     with ThreadPoolExecutor(args.workers) as pool:
-        for _ in pool.map(lambda one: time.time() < end and work(args, end, *one), wanted):
+        for _ in pool.map(lambda one: work(args, end, *one), wanted):
             pass
-    collect(args.root)
+    collect(args)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

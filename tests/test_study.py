@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -21,13 +23,15 @@ stage, run, arm, seed = sys.argv[1:]  # what a stage leaves behind, without its 
 run = pathlib.Path(run)
 if (stage, arm) == ("train", "bad"):
     sys.exit("error: not finite at step 3")
+if (stage, arm) == ("train", "killed"):
+    sys.exit(143)
 run.mkdir(exist_ok=True)
 if stage == "train":
     (run / "config.json").write_text(json.dumps({"git": "g", "torch": "t", "device": "cpu", "threads": 1}))
     (run / "log.jsonl").write_text(json.dumps({"step": 4, "img_per_s": 2.0, "miou": 1.0}) + "\\n")
 elif stage == "scenes":
     result = {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}
-    (run / "eval.json").write_text(json.dumps({"teacher scenes tasks=seg": result, "untrained scenes": {"miou": 9}}))
+    (run / "eval.json").write_text(json.dumps({"teacher scenes layer=4": {"miou": 1}, "teacher scenes": result, "untrained scenes": {"miou": 9}}))
 elif stage == "inside":
     cosines = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}}}
     (run / "analysis.json").write_text(json.dumps({"cosines": cosines}))
@@ -41,13 +45,14 @@ def small(monkeypatch, tmp_path):
     real = study.stages
     monkeypatch.setattr(study, "stages", lambda args, run, data, arm, seed: {
         stage: [f"{tmp_path}/fake.py", stage, str(run), arm, str(seed)] for stage in real(args, run, data, arm, seed)})
-    monkeypatch.setattr(study, "LINES", tmp_path / "study.jsonl")
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), [0, 1])])
+    monkeypatch.setattr(study, "STOP", threading.Event())
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs"), *map(str, flags)])
         study.main()
-        return [json.loads(line) for line in study.LINES.read_text().splitlines()] if study.LINES.exists() else []
+        return [json.loads(line) for line in call.lines.read_text().splitlines()] if call.lines.exists() else []
+    call.lines = tmp_path / "runs/study.jsonl"
     return call
 
 
@@ -92,18 +97,17 @@ def test_pictures_of_the_tables(small, monkeypatch):
     assert lines[1]["cosine by block"] == [0.5, 0.25]
     for d in lines:
         d["probes"] = [{"step": 4, "miou": 1.0, "rmse": 2.0}]
-    study.LINES.write_text("".join(json.dumps(d) + "\n" for d in lines))
+    small.lines.write_text("".join(json.dumps(d) + "\n" for d in lines))
     if not importlib.util.find_spec("matplotlib"):
         with pytest.raises(SystemExit, match="python -m pip install matplotlib"):
             small("--draw")
         return
     small("--draw")
-    made = {file.name for file in study.LINES.parent.glob("*.png")}
-    assert made == {"study-nano-scenes.png", "study-cosines.png", "study-degradation.png"}
+    made = {file.name for file in small.lines.parent.glob("*.png")}
+    assert made == {"study-nano-scenes.png", "study-cosines.png", "study-degradation-nano-scenes.png"}
 
 
 def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "LINES", tmp_path / "study.jsonl")
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain",), [0])])
     monkeypatch.setitem(study.ARMS, "plain", " ".join(QUICK) + " --steps 100000")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -113,7 +117,45 @@ def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
         study.main()
         assert "train is not done, and goes on" in capsys.readouterr().out
         steps.append(sum(1 for _ in open(log)) if log.exists() else 0)
-    assert 0 < steps[1] < steps[2] and not study.LINES.read_text()
+    assert 0 < steps[1] < steps[2] and not (tmp_path / "runs/study.jsonl").read_text()
+
+
+def test_it_leaves_when_told_to_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), [0])])
+    monkeypatch.setattr(study, "STOP", threading.Event())
+    monkeypatch.setitem(study.ARMS, "plain", " ".join(QUICK) + " --steps 100000")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path)])
+    log = tmp_path / "scenes-plain-0/log.jsonl"
+    killer = threading.Thread(target=lambda: [time.sleep(0.2) for _ in range(300) if not log.exists()] and study.leave())
+    killer.start()
+    study.main()
+    killer.join()
+    assert capsys.readouterr().out == "scenes-plain-0: train is not done, and goes on with the next call\n"
+    assert (tmp_path / "scenes-plain-0/last.pt").exists() and not (tmp_path / "scenes-norms-0").exists()
+
+
+def test_what_was_killed_while_it_trained_is_not_judged(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("killed", "norms"), [0])])
+    monkeypatch.setitem(study.ARMS, "killed", "")
+    assert [d["run"] for d in small()] == ["scenes-norms-0"]
+    shown = capsys.readouterr().out
+    assert "killed-0: train is not done" in shown and "killed-0: scenes" not in shown
+
+
+def test_a_line_stays_as_it_is_when_somebody_plays_with_its_folder(small):
+    before = small()
+    for file in small.lines.parent.glob("*/eval.json"):
+        file.write_text("{}")
+    assert small() == before
+
+
+def test_runs_with_other_threads_are_no_pair(small, capsys):
+    lines = small()
+    lines[3]["threads"] = 2  # norms, seed 1
+    small.lines.write_text("".join(json.dumps(d) + "\n" for d in lines))
+    capsys.readouterr()
+    small("--tables")
+    assert "| norms | plain | 0, 1 | 31.50 ± 0.71 | 1.500" in capsys.readouterr().out
 
 
 def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsys):
@@ -133,12 +175,12 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
 def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "bias", "bias-qkv4", "dino"), [0, 1])])
     small("--workers", 2)
-    lines = [json.loads(line) for line in study.LINES.read_text().splitlines()]
+    lines = [json.loads(line) for line in small.lines.read_text().splitlines()]
     for d in lines:
-        d["results"]["teacher scenes tasks=seg"]["miou"] = {"plain": 30, "bias": 20, "bias-qkv4": 25, "dino": 9}[d["arm"]]
-    study.LINES.write_text("".join(json.dumps(d) + "\n" for d in lines))
+        d["results"]["teacher scenes"]["miou"] = {"plain": 30, "bias": 20, "bias-qkv4": 25, "dino": 9}[d["arm"]]
+    small.lines.write_text("".join(json.dumps(d) + "\n" for d in lines))
     capsys.readouterr()
-    study.tables()
+    small("--tables")
     table = capsys.readouterr().out
     assert "| bias | plain | 0, 1 | 20.00 ± 0.00 (-10.00" in table and "| bias-qkv4 | bias | 0, 1 | 25.00 ± 0.00 (+5.00" in table
     assert "| dino |  | 0, 1 | 9.00 ± 0.00 |" in table
@@ -153,7 +195,13 @@ def test_what_cannot_be_is_said(small, capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
-def test_tables_without_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(study, "LINES", tmp_path / "none")
+def test_tables_without_a_run(small):
     with pytest.raises(SystemExit, match="run some of the plan first"):
-        study.tables()
+        small("--tables")
+
+
+def test_the_published_tables_can_be_made(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--tables", "--lines", str(ROOT / "results/study.jsonl")])
+    study.main()
+    shown = capsys.readouterr().out
+    assert "nano, scenes" in shown and "| qkv4 | wide | 0, 1, 2" in shown

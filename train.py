@@ -126,7 +126,7 @@ def parse(argv) -> argparse.Namespace:
           ("scale", "small" if cuda else "nano", "size of everything", list(SCALES)),
           ("init", None, "start from these weights: a run's last.pt, or public ones", str),
           ("data", "scenes", "'scenes', a folder of pictures, or a text file with a path a line"),
-          ("out", None, "run folder; default: runs/RECIPE-SCALE-SPEC-sSEED", str),
+          ("out", None, "run folder; default: runs/NAME, made of recipe, scale, data, spec and seed", str),
           ("seed", 0, "of weights, order of pictures, views and masks"),
           ("resume", False, "go on from the checkpoint in --out"),
           ("overwrite", False, "start anew in an --out that holds a run"),
@@ -220,8 +220,10 @@ def parse(argv) -> argparse.Namespace:
     if args.supervised:  # one view a picture, and one loss
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
     args.spec = tuple(filter(None, args.spec.split(",")))
-    name = "-".join(args.spec) or "plain"
-    args.out = Path(args.out or f"runs/{args.recipe}-{args.scale}-{name}-s{args.seed}")
+    blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
+    given = [Path(x).stem for x in (args.init, args.data) if x not in (None, "scenes")]
+    name = [args.recipe, args.scale, *given, *(args.spec or ["plain"]), blocks, f"s{args.seed}"]
+    args.out = Path(args.out or "runs/" + "-".join(filter(None, name)))
     return args
 
 
@@ -918,6 +920,10 @@ def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
         if side % patch:
             raise ValueError(f"--{flag}-size {side} is no multiple of the patch, {patch} px; try "
                              f"{max(side // patch, 1) * patch}")
+    if args.source_size < args.image_size:
+        raise ValueError(f"--source-size {args.source_size} is less than --image-size "
+                         f"{args.image_size}: views would be blown up; give --source-size "
+                         f"{args.image_size} or more")
     if args.koleo and args.batch_size < 2:
         raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
                          "or --koleo 0")

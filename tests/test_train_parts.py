@@ -1,6 +1,7 @@
 """What train.py is made of: losses against loops written from their formulas, views, masks, networks."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +357,11 @@ def test_as_many_patches_are_masked_as_the_estimate_says():
     args = train.parse([*QUICK, "--image-size", "224", "--local-size", "96", "--patch", "14"])
     hidden = sum(train.make_masks(args, 32, 14, step, 0, 1).sum().item() for step in range(5)) / (32 * 5)
     assert hidden == pytest.approx(train.masked(args, 14), rel=0.05)
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "dinov2-nano-plain-s0"), (["--spec", "norms,qkv", "--seed", "3"], "dinov2-nano-norms-qkv-s3"),
+    (["--spec", "qkv", "--spec-blocks", "8", "--data", "at/photos"], "dinov2-nano-photos-qkv-8blocks-s0"),
+    (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-plain-s0")], ids=str)
+def test_runs_that_differ_have_folders_that_differ(flags, name):
+    assert train.parse(["--scale", "nano", *flags]).out == Path("runs") / name

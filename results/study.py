@@ -147,11 +147,13 @@ def collect(args) -> None:
         config, log = analyze.read_json(run / "config.json"), run / "log.jsonl"
         log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         inside = analyze.read_json(run / "analysis.json").get("cosines", {}).get("models", {})
+        command = config.get("command", "").replace(str(args.root), "runs/study")
+        if data == "tiny":
+            command = command.replace(config.get("args", {}).get("data", "?"), "path/to/tiny_imagenet")
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[name] = {
             "run": name, "scale": scale, "data": data, "arm": arm, "seed": seed,
-            "command": config.get("command", "").replace(str(args.root), "runs/study"),
-            **{k: config.get(k) for k in SETTING}, "minutes": minutes, "failed": state["failed"],
+            "command": command, **{k: config.get(k) for k in SETTING}, "minutes": minutes, "failed": state["failed"],
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
             "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()},

@@ -651,16 +651,18 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
     fig.savefig(path, dpi=110)
 
 
-def draw_intervals(path: Path, panels: dict[str, list], mark: float) -> None:
-    """{title with unit: [(name, low, middle, high)]} -> a panel each, with a line at `mark`."""
-    fig, axes = canvas(len(panels), min(len(panels), 2))
+def draw_intervals(path: Path, panels: dict[str, list], mark: float, columns: int = 2) -> None:
+    """{title with unit: [(name, low, middle, high, single values ..)]} -> a panel each, with a line
+    at `mark`."""
+    fig, axes = canvas(len(panels), min(len(panels), columns))
     for ax, (title, rows) in zip(axes, panels.items()):
-        names, low, middle, high = zip(*rows[::-1])
-        y, middle = range(len(names)), torch.tensor(middle)
-        spread = torch.stack([middle - torch.tensor(low), torch.tensor(high) - middle])
-        ax.errorbar(middle, y, xerr=spread.nan_to_num(), fmt="ko", capsize=4)
+        for y, (_, low, middle, high, *each) in enumerate(rows):
+            ax.plot([low, high], [y, y], "k|-", markersize=8)
+            ax.plot(middle, y, "ko", markersize=5)
+            ax.plot(each, [y] * len(each), "o", color="#D55E00", markersize=3)
         ax.axvline(mark, color="#0072B2", linestyle="--")
-        ax.set(yticks=y, yticklabels=names, title=title, ylim=(-0.7, len(names) - 0.3))
+        ax.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], title=title,
+               ylim=(len(rows) - 0.3, -0.7))
         ax.title.set_size(9)
     fig.savefig(path, dpi=110)
 

@@ -126,7 +126,7 @@ def parse(argv) -> argparse.Namespace:
           ("scale", "small" if cuda else "nano", "size of everything", list(SCALES)),
           ("init", None, "start from these weights: a run's last.pt, or public ones", str),
           ("data", "scenes", "'scenes', a folder of pictures, or a text file with a path a line"),
-          ("out", None, "run folder; default: runs/NAME, made of recipe, scale, data, spec and seed", str),
+          ("out", None, "run folder; default: runs/ and a name made of these flags", str),
           ("seed", 0, "of weights, order of pictures, views and masks"),
           ("resume", False, "go on from the checkpoint in --out"),
           ("overwrite", False, "start anew in an --out that holds a run"),

@@ -112,6 +112,8 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         with open(log, "a") as out:
             child = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stdout=out, stderr=out)
         CHILDREN.add(child)
+        if STOP.is_set():  # while it was being started
+            child.terminate()
         try:
             code = child.wait(timeout=max(end - start, 1))
         except subprocess.TimeoutExpired:
@@ -142,7 +144,8 @@ def collect(args) -> None:
         state = {"minutes": {}, "failed": {}} | analyze.read_json(run / "study.json")
         minutes = {k: round(v, 1) for k, v in state["minutes"].items()}
         done = {"train", "scenes", "inside"} <= minutes.keys()
-        if not (done or state["failed"]) or (name in lines and lines[name]["minutes"] == minutes):
+        if not (done or state["failed"]) or (
+                name in lines and lines[name]["minutes"] == minutes and lines[name]["failed"] == state["failed"]):
             continue
         config, log = analyze.read_json(run / "config.json"), run / "log.jsonl"
         log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -250,8 +253,8 @@ def tables(file: Path) -> None:
 
 
 def draw(file: Path) -> None:
-    """study-SCALE-DATA.png: paired differences; study-cosines.png: by block, a thin line a run, a thick one their
-    mean; study-degradation-SCALE.png: what the long runs' probes read while they trained."""
+    """study-SCALE-DATA.png: paired differences, seeds in colour; study-cosines.png: by block, a thin line a run, a thick
+    one their mean."""
     import analyze
     if analyze.Figure is None:
         sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
@@ -259,23 +262,13 @@ def draw(file: Path) -> None:
     if not data:
         sys.exit(f"error: no run of {file} is judged yet")
     for title, by in data.items():
-        panels = {name: {f"{LABELS.get(arm, arm)}" + (f" - {control}" if control != "plain" else ""): d
-                         for arm, control in comparisons(by)
-                         if (d := difference(by, control, arm, *what)) and d["n"] > 1} for name, what in SHOWN.items()}
-        panels = {name: rows for name, rows in panels.items() if rows}
-        if not panels:
-            continue
-        fig, axes = analyze.canvas(len(panels), min(len(panels), 3))
-        for ax, (name, rows) in zip(axes, panels.items()):
-            for y, d in enumerate(rows.values()):
-                ax.plot([d["low"], d["high"]], [y, y], "k-", linewidth=1.5)
-                ax.plot(d["difference"], y, "k|", markersize=14)
-                ax.plot(d["each"], [y] * d["n"], "o", color="#D55E00", markersize=4)
-            ax.axvline(0, color="#0072B2", linestyle="--", linewidth=1)
-            ax.set(title=name, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
-        fig.suptitle(f"{title}: difference to plain, or to what stands after the minus, with the same seed. "
-                     "Dots: seeds; bars: 95 % intervals of the mean", fontsize=10)
-        fig.savefig(file.with_name(f"study-{title.replace(', ', '-')}.png"), dpi=70)
+        panels = {}
+        for (arm, control), (name, what) in product(comparisons(by), SHOWN.items()):
+            if (d := difference(by, control, arm, *what)) and d["n"] > 1:
+                label = LABELS.get(arm, arm) + (f" - {control}" if control != "plain" else "")
+                panels.setdefault(f"{title}: {name}", []).append((label, d["low"], d["difference"], d["high"], *d["each"]))
+        if panels:
+            analyze.draw_intervals(file.with_name(f"study-{title.replace(', ', '-')}.png"), panels, 0, 3)
     fig, axes = analyze.canvas(len(data), min(len(data), 2))
     for ax, (title, by) in zip(axes, data.items()):
         for i, arm in enumerate(MAIN):
@@ -289,20 +282,6 @@ def draw(file: Path) -> None:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     fig.savefig(file.with_name("study-cosines.png"), dpi=90)
-    for title, by in data.items():
-        long = {arm: [d["probes"] for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")}
-        if not all(long.values()):
-            continue
-        fig, axes = analyze.canvas(2, 2)
-        for ax, metric, name in zip(axes, ("miou", "rmse"), ("mIoU %", "depth RMSE, m")):
-            for i, (arm, runs) in enumerate(long.items()):
-                for n, probes in enumerate(runs):
-                    ax.plot([p["step"] for p in probes], [p[metric] for p in probes], **analyze.style(i),
-                            label=arm if n == 0 else None)
-            ax.set(title=f"{title}: {name} while training, online probe", xlabel="step")
-            ax.grid(alpha=0.3)
-            ax.legend(fontsize=7)
-        fig.savefig(file.with_name(f"study-degradation-{title.replace(', ', '-')}.png"), dpi=90)
 
 
 def main() -> None:

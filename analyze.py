@@ -410,8 +410,7 @@ def cost(given: dict[str, clsspec.Config], side: int, batch: int, seconds: float
     """Models of one size, and every variant of it. Round after round, until the time is used, each
     takes its turn; a ratio is of times in one round, and is given with its quartiles."""
     given = {name: replace(c, drop_path=0.0) for name, c in given.items()}
-    plain = replace(next(iter(given.values())), spec=(), spec_blocks=None, spec_rank=0, registers=0,
-                    registers_path="patch", attn="softmax", attn_bias=False, class_attn=0)
+    plain = replace(next(iter(given.values())), **clsspec.PLAIN)
     img, cuda = torch.randn(batch, 3, side, side, device=device), device != "cpu"
     out, models, times = {}, {}, defaultdict(list)
     variants = {name: clsspec.checked(replace(plain, **v)) for name, v in VARIANTS.items()}

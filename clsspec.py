@@ -83,6 +83,11 @@ def config(size: str = "small", **changes) -> Config:
     return checked(Config(**dict(zip(("width", "depth", "heads", "patch"), SIZES[size])) | changes))
 
 
+# What makes a config that of a plain ViT.
+PLAIN = dict(spec=(), spec_blocks=None, spec_where="first", spec_rank=0, registers_path="patch",
+             registers=0, attn="softmax", attn_bias=False, class_attn=0)
+
+
 def checked(c: Config) -> Config:
     """The same, with spec_blocks as a number. ValueError: what cannot be, and what to do."""
     blocks = c.depth // 3 if c.spec_blocks is None else c.spec_blocks

@@ -851,10 +851,6 @@ def describe(args, network: Network, ranks: int) -> None:
           f"optimiser {weights:.1f}, activations {kept:.1f}, logits {logits:.1f}")
 
 
-PLAIN = dict(spec=(), spec_blocks=None, spec_where="first", spec_rank=0, registers_path="patch",
-             registers=0, attn="softmax", attn_bias=False, class_attn=0, mlp_ratio=4.0)
-
-
 def bench(args, rank: int, ranks: int) -> None:
     """--bench: steps of the network as given and of a plain one, in turns, on pictures of noise.
 
@@ -865,7 +861,8 @@ def bench(args, rank: int, ranks: int) -> None:
     shape = (args.batch_size, 3, args.source_size, args.source_size)
     img = torch.randint(256, shape, dtype=torch.uint8, generator=draw).to(args.device)
     labels = torch.zeros(len(img), dtype=torch.long, device=args.device)
-    bare = {k: v for k, v in PLAIN.items() if k in SPEC or not args.init}
+    bare = {k: v for k, v in clsspec.PLAIN.items() if k in SPEC or not args.init}
+    bare |= {} if args.init else {"mlp_ratio": 4.0}
 
     def clock(call, *step) -> float:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -108,15 +109,31 @@ def test_pictures_of_the_tables(small):
 
 
 def test_it_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
+    """With the real train.py; the time is up as soon as it has written down a step."""
+    log = tmp_path / "runs/scenes-plain-0/log.jsonl"
+    count = lambda: len(log.read_text().splitlines()) if log.exists() else 0
+
+    class UntilItWorks(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            assert 0 < timeout <= 60
+            before = count()
+            while self.poll() is None and count() <= before:
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(study.subprocess, "Popen", UntilItWorks)
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain",), [0])])
     monkeypatch.setitem(study.ARMS, "plain", " ".join(QUICK) + " --steps 100000")
-    log, steps = tmp_path / "runs/scenes-plain-0/log.jsonl", [0]
-    monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs"), "--minutes", "0.15"])
-    while len(steps) < 3:
+    monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs"), "--minutes", "1"])
+    logs = []
+    for _ in range(2):
         study.main()
         assert "train is not done, and goes on" in capsys.readouterr().out
-        steps.append(sum(1 for _ in open(log)) if log.exists() else 0)
-    assert 0 < steps[1] < steps[2] and not (tmp_path / "runs/study.jsonl").read_text()
+        logs.append(log.read_text())
+    assert len(logs[1]) > len(logs[0]) > 0 and logs[1].startswith(logs[0])
+    assert not (tmp_path / "runs/study.jsonl").read_text()
 
 
 def test_it_leaves_when_told_to(small, monkeypatch, capsys):

@@ -43,7 +43,8 @@ pca          Eight pictures, then a column a model: three principal components o
 cost         Each model, and every variant of its size: parameters; GFLOPs of a picture, by torch's
              counter and by formula; time of a forward pass and of a training step (forward,
              backward) over plain's in the same round; what the forward pass keeps for the backward
-             one, MiB a picture, and on a GPU the peak of a step. (P1: +8 % parameters, +0 % FLOPs)
+             one, MiB a picture, in fp32; on a GPU, where times are of bf16, also the peak of a
+             step. (P1: +8 % parameters, +0 % FLOPs)
 """
 
 import argparse
@@ -295,14 +296,13 @@ def foreground_numbers(kept: dict, labels: Tensor, background: tuple) -> dict[st
     return {"auc_cls": list(map(mean, kept["cosine"])), "auc_pc": [max(p, 1 - p) for p in pcs]}
 
 
-def probes(folder: Path, network: str, data: str, depth: int) -> list[float]:
-    """mIoU of each block's linear probe in eval.json, with the data set's own protocol but for the
-    layer; NaN where there is none."""
-    out = [math.nan] * depth
-    for name, result in read_json(folder / "eval.json").items():
-        used, which, *options = name.split()
-        free = all(option.startswith(("tasks=", "layer=")) for option in options)
-        if (used, which) == (network, data) and free and "miou" in result:
+def probes(file: Path, network: str, data: str, root: str, depth: int) -> list[float]:
+    """mIoU of each block's linear probe in the eval.json beside a checkpoint, with the data set's
+    own protocol but for the layer; NaN where there is none."""
+    out, wanted = [math.nan] * depth, eval_dense.title(file, network, data, root)
+    for name, result in read_json(file.parent / "eval.json").items():
+        said = [w for w in name.split(" ") if not w.startswith(("tasks=", "layer="))]
+        if " ".join(said) == wanted and "miou" in result:
             out[(result["protocol"]["layer"] or depth) - 1] = result["miou"]
     return out
 
@@ -419,7 +419,8 @@ def cost(given: dict[str, clsspec.Config], side: int, batch: int, seconds: float
         models[name].load_state_dict(models["plain"].state_dict(), strict=False, assign=True)
         out[name] = counts(variant, side) | {"kept_mib": kept_mib(models[name], img) / batch}
         if compiled:
-            models[name].compile()
+            torch._dynamo.config.recompile_limit = 100  # all models share one forward, one count
+            models[name].compile(dynamic=False)
     models["plain again"], out["plain again"] = models["plain"], dict(out["plain"])  # the noise
 
     def clock(model, backward):
@@ -466,10 +467,12 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
     out = {name: {k: result[k] for k in eval_dense.METRICS if k in result}
            for name, result in read_json(run / "eval.json").items()}
     for what, found in read_json(run / "analysis.json").items():
-        for model in [*found.get("models", {}).values()] if what in BLOCKS else ():
-            flat = {k: [v for block in model.get(k, ()) for v in
-                        (block if isinstance(block, list) else [block]) if v is not None]
-                    for k in BLOCKS[what]}
+        models = found.get("models", {})  # others may be beside it
+        model = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
+        flat = {k: [v for block in model.get(k, ()) for v in
+                    (block if isinstance(block, list) else [block]) if v is not None]
+                for k in BLOCKS.get(what, ())}
+        if any(flat.values()) and found["made"]["network"] == "teacher":
             out[f"{what}, mean over blocks"] = {k: sum(v) / len(v) for k, v in flat.items() if v}
     return out
 
@@ -752,16 +755,13 @@ def picture_size(args, name: str, c: clsspec.Config) -> int:
     return size
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("models", nargs="*", help="run folders, checkpoints, files of public weights")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="patterns of run folders; quote")
-    p.add_argument("--what", type=words, default=WHAT, help="comma list of the above; default: all")
+    p.add_argument("--what", type=eval_dense.names, default=WHAT,
+                   help="comma list of the above; default: all")
     p.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
                    help="(default: teacher)")
     g = p.add_argument_group("pictures")
@@ -771,8 +771,8 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--pictures", type=eval_dense.count, default=64, help="how many (default: 64)")
     g.add_argument("--image-size", type=eval_dense.count, help="side, pixels; default: the model's "
                    "own, but at least 8 and at most 16 patches")
-    g.add_argument("--background", type=words, help="numbers of classes, comma list; default: 0, "
-                   "of scenes 0,1,2,3: sky and grounds")
+    g.add_argument("--background", type=eval_dense.names, help="numbers of classes, comma list; "
+                   "default: 0, of scenes 0,1,2,3: sky and grounds")
     g.add_argument("--foreground", action="store_true", help="pca: of the foreground alone")
     g = p.add_argument_group("cost")
     g.add_argument("--batch-size", type=eval_dense.count,
@@ -780,7 +780,8 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--seconds", type=float, default=15, help="time for it (default: 15)")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g = p.add_argument_group("machine and output")
-    g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"],
+                   help="CUDA_VISIBLE_DEVICES says which (default: %(default)s)")
     g.add_argument("--out", help="folder; default: see above")
     return p.parse_args(argv)
 
@@ -841,8 +842,8 @@ def run(args) -> None:
     if args.compare or not args.models:
         raise ValueError("give run folders or weights, as in: python analyze.py runs/NAME; or "
                          "--compare and nothing else")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {args.device}: torch sees no such here; give --device cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     files = [Path(m) / "last.pt" if Path(m).is_dir() else Path(m) for m in args.models]
     names = [f.parent.name if f.name == "last.pt" else f.stem for f in files]
     if len(set(names)) < len(names):
@@ -873,7 +874,7 @@ def run(args) -> None:
             elif what == "foreground":
                 labels = patch_labels(mask, grids[name], 1 + int(mask[mask != 255].max()))
                 found = foreground_numbers(kept["features"], labels, background)
-                miou = probes(file.parent, args.network, args.data, model.config.depth)
+                miou = probes(file, args.network, args.data, args.root, model.config.depth)
                 results[what][name] = found | {"miou": miou}
             elif what == "degradation":
                 try:
@@ -916,7 +917,8 @@ def run(args) -> None:
         same, panels = defaultdict(dict), {}
         for name, model in models.items():
             c = model.config
-            key = c.width, c.depth, c.heads, c.patch, c.mlp_ratio, bool(c.layerscale)
+            key = (c.width, c.depth, c.heads, c.patch, c.image_size, c.mlp_ratio,
+                   bool(c.layerscale))
             same[key][name] = c
         for given in same.values():
             name, c = next(iter(given.items()))

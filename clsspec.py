@@ -537,17 +537,18 @@ def load(path, network: str = "teacher") -> ViT:
         return load_weights(path, network)
     try:
         cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
-        if network == "untrained":
-            torch.manual_seed(state["args"]["seed"])
-            return start(cfg, state["args"].get("init")).eval()
-        parts = ((name.partition("backbone."), value) for name, value in state[network].items())
-        weights = {name: value for (_, found, name), value in parts if found}
-        model = ViT(cfg)
-        model.load_state_dict(weights)
+        if network != "untrained":
+            parts = ((name.partition("backbone."), value) for name, value in state[network].items())
+            weights = {name: value for (_, found, name), value in parts if found}
+            model = ViT(cfg)
+            model.load_state_dict(weights)
+            return model.eval()
+        seed, init = state["args"]["seed"], state["args"].get("init")
     except Exception as err:
         why = str(err).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
-    return model.eval()
+    torch.manual_seed(seed)
+    return start(cfg, init).eval()
 
 
 def start(cfg: Config, init: str | None = None) -> ViT:

@@ -586,7 +586,7 @@ def rates(text: str) -> tuple[float, ...]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    return tuple(filter(None, text.split(",")))
 
 
 def flag(kind, default, help: str):
@@ -743,7 +743,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, cache: dict, p: Proto
     cache, with the backbone in the loop. All at once: for every p.lr a list of one head a task."""
     device, patch = next(model.parameters()).device, model.config.patch
     draw, width = torch.Generator().manual_seed(p.seed), model.config.width * (1 + p.cat_cls)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # heads are made on the CPU
         torch.manual_seed(p.seed)
         one = [Head(t, width, len(data.classes), data.max_depth) for t in p.tasks if t in DENSE]
     heads = [nn.ModuleList(copy.deepcopy(one)).to(device) for _ in p.lr]
@@ -1054,6 +1054,13 @@ def record(file: Path, key: str, result: dict) -> None:
     os.replace(beside, file)
 
 
+def title(path: Path, network: str, data: str, root: str) -> str:
+    """The first words of a result's name in eval.json; then come the options that were changed."""
+    file = [] if path.name == "last.pt" else [path.name]
+    place = [Path(root).name] if data in ("pairs", "imagefolder") and root else []
+    return " ".join([*file, network, data, *place])
+
+
 def line(result: dict) -> str:
     return "  ".join(f"{k} {text.format(result[k])}" for k, text in METRICS.items() if k in result)
 
@@ -1100,7 +1107,8 @@ def parse(argv) -> argparse.Namespace:
         more = dict(type=kind) if kind is not bool else dict(action=argparse.BooleanOptionalAction)
         g.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **more)
     g = p.add_argument_group("machine and output")
-    g.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"],
+                   help="CUDA_VISIBLE_DEVICES says which (default: %(default)s)")
     g.add_argument("--workers", type=int, default=8 if cuda else 2, help="processes to read files")
     g.add_argument("--save-pictures", type=int, default=0, metavar="N",
                    help="draw N test pictures, truth and prediction, into the run folder")
@@ -1118,7 +1126,7 @@ def run(args) -> None:
         raise ValueError("give a run folder, as in: python eval_dense.py runs/NAME")
     if args.tasks and (unknown := set(args.tasks) - set(TASKS)):
         raise ValueError(f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     p, first = PROTOCOLS[args.data], None
     changed = {f.name: getattr(args, f.name) for f in fields(p)}
@@ -1128,13 +1136,11 @@ def run(args) -> None:
         idle = changed.keys() - {"tasks", "image_size", "layer", "seed"}
     if unused := changed.keys() & idle:
         raise ValueError(f"--data {args.data} has no use for --{min(unused).replace('_', '-')}")
-    place = [Path(args.root).name] if args.data in ("pairs", "imagefolder") and args.root else []
     text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
     options = [f"{k}={text(v)}" for k, v in changed.items()]
     for name in args.runs:
         path = Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
-        file = [] if path.name == "last.pt" else [path.name]
-        key = " ".join([*file, args.network, args.data, *place, *options])
+        key = " ".join([title(path, args.network, args.data, args.root), *options])
         model = clsspec.load(path, args.network).to(args.device)
         result, stats, shots = evaluate(model, args.data, args.root, replace(p, **changed),
                                         args.workers, args.save_pictures)

@@ -12,8 +12,9 @@ Three recipes, all sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DI
 iBOT loss on masked patches, KoLeo, Sinkhorn-Knopp. `dino` (arXiv 2104.14294): the [CLS] loss with a
 moving centre. `deit3` (arXiv 2204.07118): labels; the teacher is then only an average of weights.
 
-The global batch is a function of (seed, step) alone and each rank takes its slice of it, so workers
-and ranks change nothing, and a resumed run equals an unbroken one. In shapes, V views of B pictures
+The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
+change nothing, nor do ranks, but for what each draws by itself (skipped branches, mixup); a resumed
+run equals an unbroken one. In shapes, V views of B pictures
 have N patches each, of which M in all are masked; D is the width, K the number of prototypes.
 """
 
@@ -36,7 +37,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps  # comes with torchvision
@@ -123,10 +123,10 @@ def parse(argv) -> argparse.Namespace:
 
     group("what to run",
           ("recipe", "dinov2", "losses and their defaults", list(RECIPES)),
-          ("scale", "small" if cuda else "nano", "size of everything", list(SCALES)),
+          ("scale", None, "size of everything; small on a GPU, nano on a CPU", list(SCALES)),
           ("init", None, "start from these weights: a run's last.pt, or public ones", str),
           ("data", "scenes", "'scenes', a folder of pictures, or a text file with a path a line"),
-          ("out", None, "run folder; default: runs/ and a name made of these flags", str),
+          ("out", None, "run folder; default: runs/ and recipe, scale, data, spec, seed", str),
           ("seed", 0, "of weights, order of pictures, views and masks"),
           ("resume", False, "go on from the checkpoint in --out"),
           ("overwrite", False, "start anew in an --out that holds a run"),
@@ -195,7 +195,7 @@ def parse(argv) -> argparse.Namespace:
           ("freeze-last", 0.01, "share of the steps before the prototypes learn"))
     group("machine and log",
           ("device", "cuda" if cuda else "cpu", "CUDA_VISIBLE_DEVICES says which", ["cpu", "cuda"]),
-          ("precision", "bf16" if cuda else "fp32", "of matrix products", ["bf16", "fp32"]),
+          ("precision", None, "of matrix products; bf16 on a GPU", ["bf16", "fp32"]),
           ("compile", False, "torch.compile the networks"),
           ("checkpointing", False, "recompute activations to save memory"),
           ("log-every", 10, "steps between log lines"),
@@ -204,8 +204,11 @@ def parse(argv) -> argparse.Namespace:
           ("probe", True, "judge the network on Scenes at the end"))
 
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    p.set_defaults(**RECIPES[chosen.recipe] | SCALES[chosen.scale])
-    if (chosen.recipe, chosen.scale) == ("deit3", "nano"):
+    cuda = chosen.device == "cuda"
+    scale = chosen.scale or ("small" if cuda else "nano")
+    p.set_defaults(scale=scale, precision="bf16" if cuda else "fp32")
+    p.set_defaults(**RECIPES[chosen.recipe] | SCALES[scale])
+    if (chosen.recipe, scale) == ("deit3", "nano"):
         p.set_defaults(**LABELS_AT_NANO)
     args = p.parse_args(argv)
     for name in "steps", "batch_size", "pictures", "prototypes", "log_every", "save_every", "bench":
@@ -421,8 +424,9 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
 def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
     """Hide random rectangles among side x side patches, as BEiT and DINOv2 do.
 
-    wanted: (B,) patches to hide at the most, 0: none; u: (B, tries, 4) uniform numbers. Rectangles
-    have 4 patches or more and an aspect of 0.3 to 1 / 0.3; one that would hide too many is dropped.
+    wanted: (B,) patches to hide at the most, 0: none; u: (B, tries, 4) uniform numbers. Before they
+    are rounded to whole patches, rectangles have an area of 4 or more and an aspect of 0.3 to
+    1 / 0.3; one that would hide too many is dropped.
     Returns (B, side^2) bool.
     """
     mask, line = torch.zeros(len(wanted), side, side, dtype=torch.bool), torch.arange(side)
@@ -466,14 +470,23 @@ def inputs(args, img: Tensor, labels: Tensor, patch: int, step: int, rank: int, 
 # Heads and losses.
 
 
+class AllSum(torch.autograd.Function):
+    """x of every rank -> their sum, on all; so its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllSum.forward(ctx, grad)
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Sum over all ranks, differentiable; without torchrun: x itself."""
-    return dist.nn.functional.all_reduce(x) if dist.is_initialized() else x
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """(B, ...) of every rank -> (ranks B, ...), differentiable."""
-    return torch.cat(dist.nn.functional.all_gather(x)) if dist.is_initialized() else x
+    return AllSum.apply(x) if dist.is_initialized() else x
 
 
 class BatchNorm(nn.Module):
@@ -524,9 +537,10 @@ def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
 @torch.no_grad()
 def ema_centre(logits: Tensor, temp: float, centre: Tensor) -> Tensor:
     """Teacher logits (B, K) -> softmax about `centre` (K,), which then goes a tenth of the way to
-    the mean of the logits. arXiv 2104.14294, equation 4."""
+    the mean of the logits of all ranks, if there are any. arXiv 2104.14294, equation 4."""
     out = F.softmax((logits - centre) / temp, dim=-1)
-    centre.lerp_(all_gather(logits).mean(0), 0.1)
+    sums = all_sum(torch.cat([logits.sum(0), logits.new_full((1,), len(logits))]))
+    centre.lerp_(sums[:-1] / sums[-1].clamp(min=1), 0.1 * (sums[-1] > 0))
     return out
 
 
@@ -556,11 +570,12 @@ def koleo(z: Tensor) -> Tensor:
 
     z: (B, D), scaled to unit norm here; neighbours are looked for on all ranks. arXiv 1806.03198.
     """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     z = F.normalize(z.float(), dim=-1)
-    everyone, i = all_gather(z), torch.arange(len(z), device=z.device)
+    everyone = all_sum(F.pad(z, (0, 0, rank * len(z), (ranks - 1 - rank) * len(z))))
     with torch.no_grad():
         dots = z @ everyone.T
-        dots[i, i + (dist.get_rank() * len(z) if dist.is_initialized() else 0)] = -2  # not itself
+        dots.diagonal(rank * len(z)).fill_(-2)  # not itself
         near = dots.argmax(1)
     return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
 
@@ -694,8 +709,8 @@ def wrap(args, student: Network, teacher: Network, ranks: int):
     """Compile both, if asked to; returns what takes the student's steps, on one rank or on many."""
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # some versions of it refuse GeluLinear
-        student.backbone.compile()
-        teacher.backbone.compile()
+        for network in (student, teacher):  # dynamic shapes gain nothing, and fail with antialias
+            network.backbone.compile(dynamic=False)
     return nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
 
 
@@ -874,6 +889,9 @@ def bench(args, rank: int, ranks: int) -> None:
     def stepper(args):
         torch.manual_seed(args.seed)
         student = Network(args).to(args.device)
+        if student.backbone.config.spec and not args.spec:
+            raise ValueError(f"--bench: the weights in {args.init} are specialised, there is no "
+                             "plain network of them; leave out --init, or give plain weights")
         teacher, optimizer = make_teacher(student), make_optimizer(args, student)
         learner = wrap(args, student, teacher, ranks)
         call = lambda step: train_step(args, learner, teacher, optimizer, img, labels, step, *where)
@@ -939,6 +957,7 @@ def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
     log = args.out / "log.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last may be cut by a full disk
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
     if not first:
         for old in ("last.pt", "eval.json"):
@@ -985,7 +1004,7 @@ def run(args, rank: int, ranks: int) -> None:
         raise ValueError(f"--supervised: --data {args.data} must be a folder that has a folder of "
                          "pictures for each class, two or more, and no pictures beside them")
     torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else "cpu"):
+    with torch.device("meta" if args.dry_run and not args.init else "cpu"):
         student = Network(args)
     if args.dry_run:
         return describe(args, student, ranks) if main else None
@@ -1020,8 +1039,8 @@ def run(args, rank: int, ranks: int) -> None:
         progress.update()
         stop = bool(signals)
         if ranks > 1:  # they agree at logged steps, to leave together
-            flag = torch.tensor([float(stop)], device=args.device)
-            stop = done % args.log_every == 0 and (dist.all_reduce(flag), flag.item() > 0)[1]
+            stop = done % args.log_every == 0 and all_sum(
+                torch.tensor(float(stop), device=args.device)).item() > 0
         saving = stop or done == args.steps or done % args.save_every == 0
         probing = args.probe_every and done % args.probe_every == 0
         if saving or probing or done % args.log_every == 0:

@@ -247,12 +247,15 @@ def test_probes_are_read_from_eval_json(tmp_path):
         "teacher scenes tasks=seg,depth": result(30.0, None), "teacher scenes tasks=seg layer=2": result(20.0, 2),
         "teacher scenes layer=1 seed=3": result(9.0, 1), "untrained scenes layer=1": result(8.0, 1),
         "teacher voc layer=1": result(7.0, 1), "teacher scenes tasks=knn layer=1": {"knn": 5.0, "protocol": {"layer": 1}}}))
-    found = analyze.probes(tmp_path, "teacher", "scenes", 3)
+    found = analyze.probes(tmp_path / "last.pt", "teacher", "scenes", "", 3)
     assert math.isnan(found[0]) and found[1:] == [20, 30]
-    assert all(map(math.isnan, analyze.probes(tmp_path / "none", "teacher", "scenes", 2)))
+    assert all(map(math.isnan, analyze.probes(tmp_path / "none/last.pt", "teacher", "scenes", "", 2)))
+    for file, words in (("last.pt", "teacher pairs nyu"), ("some weights.pth", "some weights.pth teacher pairs nyu")):
+        (tmp_path / "eval.json").write_text(json.dumps({f"{words} layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
+        assert analyze.probes(tmp_path / file, "teacher", "pairs", "at/nyu", 1) == [7]
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(ValueError, match="eval.json is damaged"):
-        analyze.probes(tmp_path, "teacher", "scenes", 3)
+        analyze.probes(tmp_path / "last.pt", "teacher", "scenes", "", 3)
 
 
 def test_degradation_finds_the_peak(tmp_path):
@@ -368,16 +371,17 @@ def test_class_attention_has_no_cls_at_first(tmp_path):
 def test_models_of_two_sizes(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(clsspec.SIZES, "tiny", (48, 3, 3, 4))
     train.main(QUICK + ["--size", "tiny", "--patch", "4", "--out", str(tmp_path / "tiny")])
+    train.main(QUICK + ["--image-size", "24", "--out", str(tmp_path / "low")])  # positions of another shape
     sizes = []
     monkeypatch.setattr(analyze, "cost", lambda given, side, *_: sizes.append((list(given), side)) or {
         k: dict.fromkeys(("parameters", "gflops_counted", "gflops", "kept_mib", "rounds", "forward_ms", "step_ms"), 1.0)
         | {"forward_ratio": [1, 1, 1], "step_ratio": [1, 1, 1]} for k in ("plain", *given)})
-    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), str(trained / "spec"), "--what", "attention,pca,cost",
-                  "--pictures", "2", "--image-size", "32", "--out", str(tmp_path / "both")])
-    assert sizes == [(["plain", "spec"], 32), (["tiny"], 32)]
+    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), str(trained / "spec"), str(tmp_path / "low"), "--what",
+                  "attention,pca,cost", "--pictures", "2", "--image-size", "32", "--out", str(tmp_path / "both")])
+    assert sizes == [(["plain", "spec"], 32), (["tiny"], 32), (["low"], 32)]
     saved = json.loads((tmp_path / "both" / "analysis.json").read_text())
-    assert saved["pca"]["made"]["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4]}
-    assert saved["cost"]["models"].keys() == {"plain", "tiny"} and saved["pca"]["made"]["pictures"]["tiny"] == 2
+    assert saved["pca"]["made"]["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4], "low": [4, 4]}
+    assert saved["cost"]["models"].keys() == {"plain", "tiny", "low"} and saved["pca"]["made"]["pictures"]["tiny"] == 2
     assert "attention does not compare" in capsys.readouterr().out
 
 
@@ -418,8 +422,8 @@ def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
-    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no such here"),
-    (["x", "--device", "gpu"], "--device gpu: torch sees no such here"), (["x", "--compare", "a", "b"], "--compare and nothing else"),
+    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no GPU here"),
+    (["x", "--compare", "a", "b"], "--compare and nothing else"),
     (["x", "--what", "cost,size"], "unknown size")])
 def test_errors_say_what_to_do(flags, words):
     if "cuda" in flags and torch.cuda.is_available():

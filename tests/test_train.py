@@ -86,6 +86,20 @@ def test_other_ways_to_run(tmp_path, flags):
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged(tmp_path / "a"))
 
 
+def test_a_compiled_run_is_the_run(tmp_path, monkeypatch):
+    """Without the compiler's last part, which needs a C++ compiler and minutes."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: real(self, backend="aot_eager", **more))
+    monkeypatch.setitem(clsspec.SIZES, "nano", (64, 2, 2, 8))
+    flags = ["--spec", "norms,qkv", "--spec-blocks", 1, "--registers", 2, "--attn-bias", "--steps", 2]
+    for name in ("--no-compile", "--compile"):
+        torch._dynamo.reset()
+        run(tmp_path / name, *flags, name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # two sizes of views, two networks
+    eager, compiled = (logged(tmp_path / name) for name in ("--no-compile", "--compile"))
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-4)
+
+
 def test_plain_and_specialised_runs_start_equal(tmp_path):
     first = []
     for i, flags in enumerate(([], ["--spec", "norms,qkv"], ["--spec", "qkv", "--spec-rank", 2])):
@@ -113,6 +127,8 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
         train.make_views = real
     assert stopped.value.code == 128 + signal.SIGINT
     assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == 3
+    with open(tmp_path / "parts/log.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')  # as a full disk leaves it
     parts = run(tmp_path / "parts", *flags, "--resume")
     for part in ("student", "teacher", "optimizer", "step", "model"):
         assert same(whole[part], parts[part]), part
@@ -121,10 +137,9 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
     assert strip(logged(tmp_path / "whole")) == strip(logged(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("recipe", ["dinov2", "dino"])
-def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, recipe):
-    flags = [*QUICK, "--recipe", recipe, "--spec", "norms,qkv", "--steps", 3, "--centring",
-             "sinkhorn" if recipe == "dinov2" else "ema"]
+@pytest.mark.parametrize("recipe, centring", [("dinov2", "sinkhorn"), ("dinov2", "ema"), ("dino", "ema")])
+def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, recipe, centring):
+    flags = [*QUICK, "--recipe", recipe, "--spec", "norms,qkv", "--steps", 3, "--centring", centring]
     script(*flags, "--batch-size", 8, "--out", tmp_path / "one")
     script(*flags, "--batch-size", 4, "--out", tmp_path / "two", ranks=2)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
@@ -346,3 +361,6 @@ def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     assert [c[2] for c in calls[-3:]].count(()) == 2  # plain is plain then, too
     train.main([*QUICK, "--recipe", "deit3", "--bench", "1"])
     assert "views alone" in capsys.readouterr().out
+    run(Path("spec"), "--spec", "norms", "--steps", "1")
+    for flags in ([], ["--spec", "norms"]):
+        assert "the weights in spec/last.pt are specialised" in error(*flags, "--init", "spec/last.pt", "--bench", "1")

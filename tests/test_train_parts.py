@@ -21,7 +21,7 @@ def softmax(row):
     return [v / sum(e) for v in e]
 
 
-@pytest.mark.parametrize("rows", [3, 12], ids=["fewer rows than prototypes", "more"])
+@pytest.mark.parametrize("rows", [3, 12], ids=["fewer rows than the bottleneck", "more"])
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_logits_of_a_head_are_cosines_with_the_prototypes(norm, rows):
     torch.manual_seed(0)
@@ -100,6 +100,8 @@ def test_ema_centre_is_the_softmax_about_it_and_moves_a_tenth():
     logits, centre = torch.randn(6, 4), torch.randn(4)
     expected, moved = F.softmax((logits - centre) / 0.04, -1), 0.9 * centre + 0.1 * logits.mean(0)
     torch.testing.assert_close(train.ema_centre(logits, 0.04, centre), expected)
+    torch.testing.assert_close(centre, moved)
+    train.ema_centre(logits[:0], 0.04, centre)  # a step that masks no patch
     torch.testing.assert_close(centre, moved)
 
 
@@ -268,14 +270,17 @@ def test_teacher_skips_no_branch():
 
 
 def test_no_weight_decay_on_biases_norms_and_layerscale():
-    _, student, _ = networks("--spec", "norms,qkv", "--layerscale", "0.1")
-    names = {id(p): n for n, p in student.named_parameters()}
-    args = train.parse([])
-    for group in train.make_optimizer(args, student).param_groups:
-        for p in group["params"]:
-            n = names[id(p)]
-            assert group["free"] == (n.endswith("bias") or "norm" in n or "gamma" in n), n
-            assert (group["kind"] == "last") == n.endswith("head.last")
+    _, student, _ = networks("--spec", "norms,qkv", "--spec-blocks", "1", "--layerscale", "0.1", "--head-layers", "2")
+    names = {id(p): n.removeprefix("backbone.") for n, p in student.named_parameters()}
+    groups = train.make_optimizer(train.parse([]), student).param_groups
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    decayed = {n for n, group in found.items() if not group["free"] and not n.startswith("blocks")}
+    heads = {f"{h}_head.{w}" for h in ("cls", "patch") for w in ("last", "mlp.0.weight", "mlp.3.weight")}
+    assert decayed == {"cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight"} | heads
+    in_blocks = {n.partition(".")[2].partition(".")[2] for n, group in found.items() if not group["free"] and n.startswith("blocks")}
+    assert in_blocks == {f"{n}.weight" for n in ("attn.qkv", "attn.qkv.cls", "attn.qkv.patch", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert {n for n, group in found.items() if group["kind"] == "last"} == {"cls_head.last", "patch_head.last"}
 
 
 # --- labels ------------------------------------------------------------------------------------------
@@ -363,5 +368,11 @@ def test_as_many_patches_are_masked_as_the_estimate_says():
     ([], "dinov2-nano-plain-s0"), (["--spec", "norms,qkv", "--seed", "3"], "dinov2-nano-norms-qkv-s3"),
     (["--spec", "qkv", "--spec-blocks", "8", "--data", "at/photos"], "dinov2-nano-photos-qkv-8blocks-s0"),
     (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-plain-s0")], ids=str)
-def test_runs_that_differ_have_folders_that_differ(flags, name):
+def test_name_of_a_run(flags, name):
     assert train.parse(["--scale", "nano", *flags]).out == Path("runs") / name
+
+
+def test_defaults_are_those_of_the_device_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [(a.device, a.scale, a.precision) for a in map(train.parse, ([], ["--device", "cpu"]))]
+    assert found == [("cuda", "small", "bf16"), ("cpu", "nano", "fp32")]

@@ -356,6 +356,9 @@ def test_networks_of_a_checkpoint(tmp_path):
     torch.manual_seed(5)
     new = ViT(models["teacher"].config)
     assert torch.equal(clsspec.load(tmp_path / "last.pt", "untrained").pos_embed, new.pos_embed)
+    torch.save(state | {"model": cfg, "args": {"seed": 5, "init": str(tmp_path / "moved.pth")}}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="^no checkpoint at .*moved.pth"):  # its own error, not one of last.pt
+        clsspec.load(tmp_path / "last.pt", "untrained")
     del state["student"]["backbone.norm.weight"]
     torch.save(state | {"model": cfg, "args": {"seed": 5}}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):

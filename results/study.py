@@ -328,8 +328,7 @@ def main() -> None:
     end = time.time() + 60 * args.minutes
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     with ThreadPoolExecutor(args.workers) as pool:
-        for _ in pool.map(lambda one: work(args, end, *one), wanted):
-            pass
+        list(pool.map(lambda one: work(args, end, *one), wanted))
     collect(args)
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -296,11 +296,11 @@ def foreground_numbers(kept: dict, labels: Tensor, background: tuple) -> dict[st
     return {"auc_cls": list(map(mean, kept["cosine"])), "auc_pc": [max(p, 1 - p) for p in pcs]}
 
 
-def probes(file: Path, network: str, data: str, root: str, depth: int) -> list[float]:
-    """mIoU of each block's linear probe in the eval.json beside a checkpoint, with the data set's
-    own protocol but for the layer; NaN where there is none."""
-    out, wanted = [math.nan] * depth, eval_dense.title(file, network, data, root)
-    for name, result in read_json(file.parent / "eval.json").items():
+def probes(folder: Path, network: str, data: str, root: str, depth: int) -> list[float]:
+    """mIoU of each block's linear probe in eval.json, with the data set's own protocol but for the
+    layer; NaN where there is none."""
+    out, wanted = [math.nan] * depth, eval_dense.title(network, data, root)
+    for name, result in read_json(folder / "eval.json").items():
         said = [w for w in name.split(" ") if not w.startswith(("tasks=", "layer="))]
         if " ".join(said) == wanted and "miou" in result:
             out[(result["protocol"]["layer"] or depth) - 1] = result["miou"]
@@ -466,38 +466,44 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
     analysis.json."""
     out = {name: {k: result[k] for k in eval_dense.METRICS if k in result}
            for name, result in read_json(run / "eval.json").items()}
-    for what, found in read_json(run / "analysis.json").items():
-        models = found.get("models", {})  # others may be beside it
+    for name, found in read_json(run / "analysis.json").items():
+        what, models = name.split()[0], found.get("models", {})  # others may be beside it
         model = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
         flat = {k: [v for block in model.get(k, ()) for v in
                     (block if isinstance(block, list) else [block]) if v is not None]
                 for k in BLOCKS.get(what, ())}
-        if any(flat.values()) and found["made"]["network"] == "teacher":
-            out[f"{what}, mean over blocks"] = {k: sum(v) / len(v) for k, v in flat.items() if v}
+        if any(flat.values()):
+            out[f"{name}, mean over blocks"] = {k: sum(v) / len(v) for k, v in flat.items() if v}
     return out
 
 
 def compare(a: str, b: str) -> dict[str, dict]:
     """Two patterns of run folders -> for every number that all runs have, the mean of b - a over
-    pairs of equal seeds, with a 95 % interval (Student's t). ValueError: no pairs, nothing shared.
-    """
-    groups = []
-    for pattern in (a, b):
+    pairs of equal seeds, with a 95 % interval (Student's t); and the flags and versions in which a
+    pair differs. ValueError: no pairs, nothing shared."""
+    groups, how = [], ({}, {})
+    for pattern, configs in zip((a, b), how):
         runs = {}
         for folder in filter(Path.is_dir, map(Path, sorted(glob.glob(pattern)))):
-            seed = read_json(folder / "config.json").get("args", {}).get("seed")
+            config = read_json(folder / "config.json")
+            seed = config.get("args", {}).get("seed")
             if seed is None:
                 raise ValueError(f"{folder}/config.json names no seed: not a run of train.py")
             if seed in runs:
                 raise ValueError(f"{pattern!r} has two runs of seed {seed}; a pair needs one each")
             runs[seed] = numbers_of(folder)
+            configs[seed] = config["args"] | {k: config.get(k) for k in SETTING}
         groups.append(runs)
     seeds = sorted(groups[0].keys() & groups[1].keys())
     if not seeds:
         raise ValueError(f"no pairs: seeds of {a!r} are {sorted(groups[0])}, of {b!r} "
                          f"{sorted(groups[1])}; quote the patterns, train both with equal --seed")
     every = [group[seed] for group in groups for seed in seeds]
-    out = {"seeds": seeds, "left out": sorted(groups[0].keys() ^ groups[1].keys()), "results": {}}
+    x, y = how
+    differ = {k for s in seeds for k in x[s] if x[s][k] != y[s].get(k)}
+    differ -= {"out", "resume", "overwrite"}
+    out = {"seeds": seeds, "left out": sorted(groups[0].keys() ^ groups[1].keys()),
+           "differ in": sorted(differ), "results": {}}
     for name in every[0]:
         for metric in every[0][name]:
             if all(metric in run.get(name, ()) for run in every):
@@ -520,6 +526,7 @@ def interval(a: Tensor, b: Tensor) -> dict:
             "low": mean - half, "high": mean + half}
 
 
+SETTING = "git", "torch", "device", "threads"  # in config.json: what may differ beside the flags
 # Student's t, two-sided 95 %, 1 to 30 degrees of freedom; the last serves for more, a little wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -695,7 +702,8 @@ def paper_setting() -> str:
 
 def comparison_table(a: str, b: str, found: dict) -> None:
     print(f"{b} minus {a}, paired over seeds {found['seeds']}"
-          + (f", without {found['left out']}" if found["left out"] else ""))
+          + (f", without {found['left out']}" if found["left out"] else "")
+          + f"; runs differ in: {', '.join(found['differ in']) or 'nothing'}")
     for name, metrics in found["results"].items():
         print(f"  {name}")
         for metric, r in metrics.items():
@@ -851,6 +859,7 @@ def run(args) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"{', '.join(args.models)}: the same model twice; name each once")
     models = {n: clsspec.load(f, args.network).to(args.device) for n, f in zip(names, files)}
+    homes = {n: eval_dense.home(f) for n, f in zip(names, files)}
     sizes = {n: picture_size(args, n, m.config) for n, m in models.items()}
     grids = {n: (sizes[n] // m.config.patch,) * 2 for n, m in models.items()}
     results, imgs, last = defaultdict(dict), {}, {}
@@ -874,7 +883,8 @@ def run(args) -> None:
             elif what == "foreground":
                 labels = patch_labels(mask, grids[name], 1 + int(mask[mask != 255].max()))
                 found = foreground_numbers(kept["features"], labels, background)
-                miou = probes(file, args.network, args.data, args.root, model.config.depth)
+                depth = model.config.depth
+                miou = probes(homes[name], args.network, args.data, args.root, depth)
                 results[what][name] = found | {"miou": miou}
             elif what == "degradation":
                 try:
@@ -885,15 +895,24 @@ def run(args) -> None:
                 last[name] = kept["features"]["patches"][-1]
         kept = None  # less memory for the next
 
-    home = files[0].parent if files[0].name == "last.pt" else Path("runs") / files[0].stem
-    out = Path(args.out or home)
+    out = Path(args.out or homes[names[0]])
     out.mkdir(parents=True, exist_ok=True)
     how = {k: getattr(args, k) for k in ("data", "root", "network", "device", "foreground")}
     how |= {"pictures": {n: len(v) for n, v in imgs.items()}, "pixels": sizes, "grids": grids}
 
-    def keep(what):
-        found = {"made": made(args)["made"] | how, "models": tidy(results[what])}
-        eval_dense.record(out / "analysis.json", what, found)
+    # What is not as usual stands in the result's name.
+    on = [Path(p).name for p in (args.data, args.root) if p not in ("scenes", "")]
+    on = ([args.network] if args.network != "teacher" else []) + on
+    on += [f"image_size={args.image_size}"] if args.image_size else []
+    title = lambda what: " ".join([what, *(on if what not in ("degradation", "cost") else ())])
+
+    def keep(what):  # all in one file; what is of another run, in its folder, too
+        for folder in dict.fromkeys([out, *(() if args.out else homes.values())]):
+            mine = {n: v for n, v in results[what].items() if folder in (out, homes[n])}
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                found = {"made": made(args)["made"] | how, "models": tidy(mine)}
+                eval_dense.record(folder / "analysis.json", title(what), found)
 
     if len(set(grids.values())) > 1:
         print(f"note: patches lie on grids of other sizes, {grids}: attention does not compare")

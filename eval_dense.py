@@ -25,8 +25,8 @@ Training  AdamW, weight decay 1e-4, betas 0.9 and 0.999; linear warm-up, then li
 Test      whole pictures, or --window with logits and depth averaged where windows overlap; --flip:
           averaged with the mirrored picture's.
 cls       [CLS], or [CLS] beside the mean patch, into softmax regression: SGD, momentum 0.9, batch
-          128, 2000 iterations, cosine to 0; input and learning rate (12, 0.001 to 5) by five-fold
-          cross-validation in the training set, then trained on all of it.
+          128, ten epochs but at least 2000 iterations, cosine to 0; input and learning rate (12,
+          0.001 to 5) by five-fold cross-validation in the training set, then trained on all of it.
 knn       [CLS], cosine, k = 20, votes weigh exp(cosine / 0.07).
 Metrics   miou: mean over classes of intersection / union summed over the set, classes that neither
           truth nor prediction has left out. rmse (m), absrel = mean(|p - t| / t), delta1 = share
@@ -48,7 +48,8 @@ heads trained on nyu, in Eigen's crop, truth and prediction cut off at 8 m. Scen
 "probe", 1000 of "test".
 
 Ours, not the papers': the sampled rows and columns; whole pictures without augmentation for depth
-(DINOv2 and v3 crop, flip, turn and colour them); linear decay everywhere; no limit on a class's
+(DINOv2 and v3 crop, flip, turn and colour them), crops for classes not coloured; linear decay
+everywhere; no limit on a class's
 share of a crop; the rate for nyu is chosen on frames of the same videos; [CLS] and mean patch of
 one block, without augmentation, for cls.
 """
@@ -586,7 +587,9 @@ def rates(text: str) -> tuple[float, ...]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+    if not (found := tuple(dict.fromkeys(filter(None, text.split(","))))):
+        raise argparse.ArgumentTypeError("names nothing; leave it out, or give a comma list")
+    return found
 
 
 def flag(kind, default, help: str):
@@ -631,6 +634,8 @@ OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunr
 def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
     """The training and the test split. ValueError: what is missing, expected, and had where."""
     if data == "scenes":
+        if p.split == "probe":
+            raise ValueError("--split probe: heads are trained on it; give test, val or train")
         size = max(round(p.image_size / patch), 1) * patch if p.image_size else 8 * patch
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     at, sets = Path(root or f"data/{data}"), []
@@ -647,6 +652,8 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pict
                 else f"no picture in split {split}"
             raise ValueError(f"{what}; {wanted}")
         sets.append(replace(found, size=p.image_size, crop=p.crop, patch=patch))
+    if data == "imagefolder" and not p.image_size:
+        raise ValueError("--image-size 0: imagefolder cuts all pictures to one side; give it")
     if sets[0].labels != sets[1].labels:
         raise ValueError(f"train/ and val/ of {at} have other classes; {wanted}")
     return sets
@@ -823,7 +830,7 @@ def classify(x: Tensor, weight: Tensor, parts: Tensor) -> Tensor:
 
 
 def softmax_regression(x: Tensor, labels: Tensor, folds: list[Tensor], classes: int, parts: Tensor,
-                       rates: Tensor, seed: int, iterations: int = 2000, batch: int = 128):
+                       rates: Tensor, seed: int, iterations: int, batch: int = 128):
     """Linear layers on x (n, D), all at once: one for each of F folds (numbers of the pictures it
     sees), P parts (P, D) (factors of the input), R rates. -> weights (F, P, D, R, classes)."""
     draw, shape = torch.Generator().manual_seed(seed), (len(folds), len(parts))
@@ -850,15 +857,15 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int, seed: int) -> 
     x, test = (F.pad(v, (0, 1), value=1) for v in (x, test))  # the bias
     parts, rates = torch.ones(2, x.shape[1], device=x.device), x.new_tensor(RATES)
     parts[0, x.shape[1] // 2 : -1] = 0  # [CLS] alone
-    every, right = torch.arange(len(x)), 0
+    every, right, iterations = torch.arange(len(x)), 0, max(2000, 10 * len(x) // 128)
     seen = [every[every % 5 != k] for k in range(5)]
-    weight = softmax_regression(x, labels, seen, classes, parts, rates, seed)
+    weight = softmax_regression(x, labels, seen, classes, parts, rates, seed, iterations)
     for k in range(5):
         held = (every % 5 == k).to(x.device)
         right = right + (classify(x[held], weight[k], parts) == labels[held][:, None]).sum(1)
     part, rate = divmod(right.argmax().item(), len(rates))
     parts, rates = parts[part, None], rates[rate, None]
-    weight = softmax_regression(x, labels, [every], classes, parts, rates, seed)
+    weight = softmax_regression(x, labels, [every], classes, parts, rates, seed, iterations)
     guess = classify(test, weight[0], parts)[0, :, 0]
     return guess, f"{('[CLS]', '[CLS] and mean patch')[part]}, lr {RATES[rate]:g}"
 
@@ -954,6 +961,8 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
         for i in range(min(len(batch["image"]), keep - len(shots))):
             shots.append({k: v[i].cpu() for k, v in shown.items()})
     stats = {k: torch.cat(v) for k, v in stats.items()}
+    if "counts" in stats and not stats["counts"].any():
+        raise ValueError("no picture has a pixel with a class: all masks are 255, ignored")
     if "rmse" in stats and stats["rmse"].isnan().all():
         raise ValueError(f"no picture has valid depth, above 0 and up to {data.max_depth:g} m; the "
                          f"first is {data.rows[index[0]]['depth']}")
@@ -982,6 +991,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
         raise ValueError(f"--tasks {','.join(p.tasks)}: here {data} has what it takes for "
                          f"{','.join(has)} only")
     p = replace(p, tasks=tuple(t for t in p.tasks if t in has))
+    if len(train) < 2 and ("cls" in p.tasks or len(p.lr) > 1):
+        raise ValueError("one training picture is too few to choose a learning rate by; give more")
     dense, image = (set(p.tasks) & set(kind) for kind in (DENSE, ("cls", "knn")))
 
     every, known, chosen, heads = torch.arange(len(train)), {}, {}, []
@@ -1054,11 +1065,15 @@ def record(file: Path, key: str, result: dict) -> None:
     os.replace(beside, file)
 
 
-def title(path: Path, network: str, data: str, root: str) -> str:
+def home(path: Path) -> Path:
+    """Where the results of a checkpoint go: its run folder; runs/FILE, if it has none."""
+    return path.parent if path.name == "last.pt" else Path("runs") / path.stem
+
+
+def title(network: str, data: str, root: str) -> str:
     """The first words of a result's name in eval.json; then come the options that were changed."""
-    file = [] if path.name == "last.pt" else [path.name]
     place = [Path(root).name] if data in ("pairs", "imagefolder") and root else []
-    return " ".join([*file, network, data, *place])
+    return " ".join([network, data, *place])
 
 
 def line(result: dict) -> str:
@@ -1128,7 +1143,7 @@ def run(args) -> None:
         raise ValueError(f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
-    p, first = PROTOCOLS[args.data], None
+    p, first, sizes = PROTOCOLS[args.data], None, []
     changed = {f.name: getattr(args, f.name) for f in fields(p)}
     changed = {k: v for k, v in changed.items() if v is not None and v != getattr(p, k)}
     idle = {"scenes": {"crop"}}.get(args.data, {"train", "test", "split"})
@@ -1138,20 +1153,27 @@ def run(args) -> None:
         raise ValueError(f"--data {args.data} has no use for --{min(unused).replace('_', '-')}")
     text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)
     options = [f"{k}={text(v)}" for k, v in changed.items()]
-    for name in args.runs:
-        path = Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
-        key = " ".join([title(path, args.network, args.data, args.root), *options])
-        model = clsspec.load(path, args.network).to(args.device)
-        result, stats, shots = evaluate(model, args.data, args.root, replace(p, **changed),
-                                        args.workers, args.save_pictures)
+    key = " ".join([title(args.network, args.data, args.root), *options])
+    paths = [Path(name) / "last.pt" if Path(name).is_dir() else Path(name) for name in args.runs]
+    models = [clsspec.load(path, args.network) for path in paths]
+    for out in map(home, paths):  # before hours of work
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"{out} cannot be written to, and results would go there")
+    for name, path, model in zip(args.runs, paths, models):
+        result, stats, shots = evaluate(model.to(args.device), args.data, args.root,
+                                        replace(p, **changed), args.workers, args.save_pictures)
         print(f"{name}: {key}, {result['seconds']:.0f} s\n  {line(result)}")
-        record(path.parent / "eval.json", key, result)
+        record(home(path) / "eval.json", key, result)
+        sizes.append("{height} x {width} px".format(**result["protocol"]))
         if shots:
-            file = path.parent / f"{key.replace(' ', '-')}.png"
+            file = home(path) / f"{key.replace(' ', '-')}.png"
             sheet(file, shots, len(result.get("iou", ())))
             print(f"  {file}")
         if first:
-            print(f"  minus {args.runs[0]}, with 95 % intervals over test pictures:")
+            print(f"  minus {args.runs[0]}, with 95 % intervals over test pictures"
+                  + (f", which it saw at {sizes[0]}, this one at {sizes[-1]}:"
+                     if sizes[-1] != sizes[0] else ":"))
             for k, (d, low, high) in difference(first, stats).items():
                 print(f"    {k:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]")
         first = first or stats

@@ -943,11 +943,12 @@ def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
         raise ValueError("KoLeo needs a neighbour for every picture: give --batch-size 2 or more, "
                          "or --koleo 0")
     n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
-    if n < batch and not args.bench:
+    if n < batch and not (args.bench or args.dry_run):
         more = "" if folder else " or raise --pictures"
         raise ValueError(f"a global batch of {batch} pictures is larger than the set: --data "
                          f"{args.data} has {n}; lower --batch-size{more}")
-    if (args.out / "last.pt").exists() and not (args.resume or args.overwrite or args.bench):
+    given = args.resume or args.overwrite or args.bench or args.dry_run
+    if (args.out / "last.pt").exists() and not given:
         raise ValueError(f"{args.out} holds a run already: give --resume to go on, --overwrite to "
                          "start anew, or another --out")
 
@@ -1006,9 +1007,9 @@ def run(args, rank: int, ranks: int) -> None:
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run and not args.init else "cpu"):
         student = Network(args)
+    prepare(args, folder, student, ranks)
     if args.dry_run:
         return describe(args, student, ranks) if main else None
-    prepare(args, folder, student, ranks)
     if args.bench:
         return bench(args, rank, ranks)
     student = student.to(args.device)

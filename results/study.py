@@ -75,7 +75,10 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
                      "--save-every", "50", "--out", str(run), resume], "scenes": judge}
     if (data, arm) == ("scenes", "plain"):
         out["untrained"] = judge + untrained
-    out["inside"] = ["analyze.py", str(run), "--what", "cosines,dimensions,norms", "--pictures", "256"]
+    inside = ["analyze.py", str(run), "--pictures", "256", "--what"]
+    out["inside"] = inside + ["cosines,dimensions,norms"]
+    if data == "tiny":  # of pictures like those that it has learnt from, too
+        out["inside tiny"] = inside + ["cosines", "--data", str(args.tiny)]
     if args.nyu:
         out["nyu"] = judge + nyu
     if args.nyu and (data, arm) == ("scenes", "plain"):
@@ -151,15 +154,17 @@ def collect(args) -> None:
         log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         inside = analyze.read_json(run / "analysis.json").get("cosines", {}).get("models", {})
         command = config.get("command", "").replace(str(args.root), "runs/study")
+        own = config.get("args", {}).get("data", "")
         if data == "tiny":
-            command = command.replace(config.get("args", {}).get("data", "?"), "path/to/tiny_imagenet")
+            command = command.replace(own, "path/to/tiny_imagenet")
         keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
         lines[name] = {
             "run": name, "scale": scale, "data": data, "arm": arm, "seed": seed,
-            "command": command, **{k: config.get(k) for k in SETTING}, "minutes": minutes, "failed": state["failed"],
+            "command": command, **{k: config.get(k) for k in analyze.SETTING}, "minutes": minutes, "failed": state["failed"],
             "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
             "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
-            "results": {k: {m: round(x, 4) for m, x in v.items()} for k, v in analyze.numbers_of(run).items()},
+            "results": {k.replace(f"cosines {Path(own).name},", "cosines tiny,"): {m: round(x, 4) for m, x in v.items()}
+                        for k, v in analyze.numbers_of(run).items()},
             "cosine by block": [round(x, 4) for x in inside.get(name, {}).get("after norm cls_patch", ()) if x is not None]}
     order = {name: i for i, name in enumerate(plan)}
     beside = args.lines.with_suffix(".tmp")
@@ -167,7 +172,6 @@ def collect(args) -> None:
     beside.replace(args.lines)
 
 
-SETTING = "git", "torch", "device", "threads"  # runs that differ in one of these are no pair
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
            "plain": None, "untrained": None}
@@ -176,7 +180,8 @@ SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rms
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
          "NYU mIoU %": ("teacher pairs", "miou"), "NYU RMSE m": ("teacher pairs", "rmse"),
          "cosine": ("cosines, mean over blocks", "after norm cls_patch")}  # of [CLS] with patches, after norm1
-INSIDE = {"overlap of large dimensions, after norm": ("dimensions, mean over blocks", "after norm overlap")} | {
+INSIDE = {"cosine, on Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch"),
+          "overlap of large dimensions, after norm": ("dimensions, mean over blocks", "after norm overlap")} | {
     f"cosine {who}, {point}": ("cosines, mean over blocks", f"{point} {key}")
     for point in ("before norm", "after norm", "attention", "after attention")
     for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
@@ -219,7 +224,7 @@ def difference(by: dict, control: str | None, arm: str, result: str, metric: str
     import analyze
     import torch
     a, b = (numbers(by, who, result, metric) for who in (control, arm))
-    same = [s for s in a if s in b and all(by[control, s][k] == by[arm, s][k] for k in SETTING)]
+    same = [s for s in a if s in b and all(by[control, s][k] == by[arm, s][k] for k in analyze.SETTING)]
     pairs = torch.tensor([(a[s], b[s]) for s in same]).double()
     return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if same else None
 
@@ -235,6 +240,7 @@ def tables(file: Path) -> None:
     same of what is inside."""
     every = read(file)
     for (title, by), shown in product(groups(every).items(), (SHOWN, INSIDE)):
+        effects, intervals = 0, 0
         print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
         for arm, control in comparisons(by):
             seeds, cells = sorted(s for a, s in by if a == arm), []
@@ -245,10 +251,12 @@ def tables(file: Path) -> None:
                 cell += f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
                 cell += f" (n = {len(own)})" if own and len(own) < len(seeds) else ""
                 if d and d["n"] > 1:
+                    effects, intervals = effects + (d["low"] > 0 or d["high"] < 0), intervals + 1
                     cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
                     cell += f", n = {d['n']})" if d["n"] < len(own) else ")"
                 cells.append(cell)
             print(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+        print(f"\n{effects} of {intervals} intervals leave out zero; of as many without any effect, {intervals / 20:.1f} would")
     print("\nfailed: " + (", ".join(f"{d['run']} ({stage})" for d in every for stage in d["failed"]) or "none"))
 
 

@@ -247,15 +247,14 @@ def test_probes_are_read_from_eval_json(tmp_path):
         "teacher scenes tasks=seg,depth": result(30.0, None), "teacher scenes tasks=seg layer=2": result(20.0, 2),
         "teacher scenes layer=1 seed=3": result(9.0, 1), "untrained scenes layer=1": result(8.0, 1),
         "teacher voc layer=1": result(7.0, 1), "teacher scenes tasks=knn layer=1": {"knn": 5.0, "protocol": {"layer": 1}}}))
-    found = analyze.probes(tmp_path / "last.pt", "teacher", "scenes", "", 3)
+    found = analyze.probes(tmp_path, "teacher", "scenes", "", 3)
     assert math.isnan(found[0]) and found[1:] == [20, 30]
-    assert all(map(math.isnan, analyze.probes(tmp_path / "none/last.pt", "teacher", "scenes", "", 2)))
-    for file, words in (("last.pt", "teacher pairs nyu"), ("some weights.pth", "some weights.pth teacher pairs nyu")):
-        (tmp_path / "eval.json").write_text(json.dumps({f"{words} layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
-        assert analyze.probes(tmp_path / file, "teacher", "pairs", "at/nyu", 1) == [7]
+    assert all(map(math.isnan, analyze.probes(tmp_path / "none", "teacher", "scenes", "", 2)))
+    (tmp_path / "eval.json").write_text(json.dumps({"teacher pairs nyu layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
+    assert analyze.probes(tmp_path, "teacher", "pairs", "at/nyu", 1) == [7]
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(ValueError, match="eval.json is damaged"):
-        analyze.probes(tmp_path / "last.pt", "teacher", "scenes", "", 3)
+        analyze.probes(tmp_path, "teacher", "scenes", "", 3)
 
 
 def test_degradation_finds_the_peak(tmp_path):
@@ -355,6 +354,14 @@ def test_everything_of_two_runs(trained, capsys, monkeypatch):
         assert made == {"pca.png"} and "python -m pip install matplotlib" in text
 
 
+def test_what_is_of_a_run_is_in_its_folder(trained):
+    analyze.main([str(trained / "plain"), str(trained / "spec"), "--what", "cosines", "--pictures", "2"])
+    plain, spec = (json.loads((trained / n / "analysis.json").read_text())["cosines"]["models"] for n in ("plain", "spec"))
+    assert plain.keys() == {"plain", "spec"} and spec == {"spec": plain["spec"]}
+    plain, spec = (analyze.numbers_of(trained / n)["cosines, mean over blocks"] for n in ("plain", "spec"))
+    assert plain.keys() == spec.keys() and plain != spec
+
+
 def test_class_attention_has_no_cls_at_first(tmp_path):
     train.main(QUICK + ["--class-attn", "2", "--attn-bias", "--out", str(tmp_path / "cait")])
     analyze.main([str(tmp_path / "cait"), "--what", "cosines,dimensions,norms,attention,foreground,pca", "--pictures", "3"])
@@ -380,8 +387,9 @@ def test_models_of_two_sizes(trained, tmp_path, capsys, monkeypatch):
                   "attention,pca,cost", "--pictures", "2", "--image-size", "32", "--out", str(tmp_path / "both")])
     assert sizes == [(["plain", "spec"], 32), (["tiny"], 32), (["low"], 32)]
     saved = json.loads((tmp_path / "both" / "analysis.json").read_text())
-    assert saved["pca"]["made"]["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4], "low": [4, 4]}
-    assert saved["cost"]["models"].keys() == {"plain", "tiny", "low"} and saved["pca"]["made"]["pictures"]["tiny"] == 2
+    pca = saved["pca image_size=32"]["made"]
+    assert pca["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4], "low": [4, 4]}
+    assert saved["cost"]["models"].keys() == {"plain", "tiny", "low"} and pca["pictures"]["tiny"] == 2
     assert "attention does not compare" in capsys.readouterr().out
 
 
@@ -394,11 +402,12 @@ def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, 
     text = capsys.readouterr().out
     assert "cosines: dino" in text and "it wants masks" in text and "no online probe" in text
     saved = json.loads((tmp_path / "analysis.json").read_text())
-    assert saved.keys() == {"cosines", "pca"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 16 + 3 * 130)
-    assert saved["pca"]["made"]["pictures"] == {"dino": 3}
+    on = f"student {tmp_path.name} image_size=32"
+    assert saved.keys() == {f"cosines {on}", f"pca {on}"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 16 + 3 * 130)
+    assert saved[f"pca {on}"]["made"]["pictures"] == {"dino": 3}
     analyze.main([str(tmp_path / "dino.pth"), "--what", "norms,", "--data", str(tmp_path / "1.png").replace("1.png", ""),
                   "--image-size", "32", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "analysis.json").read_text()).keys() == {"cosines", "pca", "norms"}
+    assert json.loads((tmp_path / "analysis.json").read_text()).keys() - saved.keys() == {f"norms {tmp_path.name} image_size=32"}
 
 
 def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
@@ -412,11 +421,12 @@ def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
             mask.save(tmp_path / "masks" / split / f"{i}.png")
     analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
                   "--image-size", "32", "--out", str(tmp_path)])
-    numbers = json.loads((tmp_path / "analysis.json").read_text())["foreground"]["models"]["plain"]
+    on = f"foreground pairs {tmp_path.name} image_size=32"
+    numbers = json.loads((tmp_path / "analysis.json").read_text())[on]["models"]["plain"]
     assert len(numbers["auc_pc"]) == 12 and all(0.5 <= v <= 1 for v in numbers["auc_pc"])
     analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
                   "--image-size", "32", "--out", str(tmp_path), "--background", "0,1"])
-    saved = json.loads((tmp_path / "analysis.json").read_text())["foreground"]
+    saved = json.loads((tmp_path / "analysis.json").read_text())[on]
     assert saved["models"]["plain"]["auc_pc"] == [None] * 12 and saved["made"]["root"] == str(tmp_path)
 
 

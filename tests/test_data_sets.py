@@ -125,6 +125,8 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
     p = replace(PROTOCOLS["imagefolder"], image_size=16)
     result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
     assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
+    with pytest.raises(ValueError, match="--image-size 0: imagefolder cuts all pictures to one side"):
+        opened("imagefolder", tmp_path)
     (tmp_path / "val/c1").rename(tmp_path / "val/c2")
     with pytest.raises(ValueError, match="have other classes"):
         opened("imagefolder", tmp_path, image_size=16)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import analyze
 import clsspec
 import eval_dense
 import train
@@ -349,7 +350,8 @@ def test_sheet_of_scenes(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "give a run folder"), (["nowhere"], "no checkpoint at nowhere"), (["RUN", "--tasks", "seg,box"], "unknown box; choose from seg"),
-    (["RUN", "--layer", "13"], "outside 1 to 12"),
+    (["RUN", "--layer", "13"], "outside 1 to 12"), (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
+    (["RUN", "--train", "1"], "one training picture is too few"), (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
     (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
     (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
 def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
@@ -357,6 +359,32 @@ def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     with pytest.raises(SystemExit, match=words) as caught:
         eval_dense.main([str(runs / "a") if f == "RUN" else f for f in flags])
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_judged_where_nothing_can_be_written(runs, monkeypatch, capsys):
+    monkeypatch.setattr(eval_dense.os, "access", lambda *_: False)
+    with pytest.raises(SystemExit, match="a cannot be written to"):
+        eval_dense.main([str(runs / "a"), *FEW])
+    assert not capsys.readouterr().out
+
+
+def test_public_weights_and_networks_that_see_other_sizes(runs, tmp_path, monkeypatch, capsys):
+    torch.save(clsspec.ViT(clsspec.config("nano", width=64, heads=1, depth=2, patch=16, image_size=64)).state_dict(), tmp_path / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    eval_dense.main([str(runs / "a"), "w.pth", *FEW, "--tasks", "knn,seg,knn"])
+    assert "which it saw at 64 x 64 px, this one at 128 x 128:" in capsys.readouterr().out.replace(" px:", ":")
+    (key, result), = json.loads((tmp_path / "runs/w/eval.json").read_text()).items()
+    assert key == "teacher scenes tasks=knn,seg iterations=10 train=60 test=20" and result["knn"] > 0
+    analyze.main(["w.pth", "--what", "foreground", "--pictures", "2"])  # reads no probe of other options
+    assert json.loads((tmp_path / "runs/w/analysis.json").read_text())["foreground"]["models"]["w"]["miou"] == [None, None]
+
+
+def test_masks_without_any_class(tmp_path):
+    at = tree(tmp_path / "t", kinds=("masks",))
+    for file in (at / "masks/val").iterdir():
+        Image.new("L", Image.open(file).size, 255).save(file)
+    with pytest.raises(ValueError, match="no picture has a pixel with a class"):
+        eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=2))
 
 
 def test_sides_are_made_multiples_of_the_patch(tmp_path):
@@ -396,7 +424,7 @@ def test_a_damaged_eval_json_is_named_and_kept(runs, capsys):
     file.unlink()
 
 
-@pytest.mark.parametrize("flags", [["--iterations", "0"], ["--batch-size", "-1"], ["--train", "0"], ["--lr", "x"], ["--image-size", "-8"]])
+@pytest.mark.parametrize("flags", [["--iterations", "0"], ["--batch-size", "-1"], ["--train", "0"], ["--lr", "x"], ["--image-size", "-8"], ["--tasks", ","]])
 def test_numbers_out_of_range(flags, capsys):
     with pytest.raises(SystemExit):
         eval_dense.main(["runs/a", *flags])

@@ -221,7 +221,7 @@ def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--spec", "norm"], "unknown component 'norm'"), (["--spec", "qkv", "--spec-blocks", 13], "outside 0 to 12"),
-    (["--image-size", 36, "--source-size", 36], "no multiple of the patch"),
+    (["--image-size", 36, "--source-size", 36], "no multiple of the patch"), (["--local-size", 18, "--dry-run"], "--local-size 18.*try 16"),
     (["--image-size", 64], "--source-size 32 is less than --image-size 64"), (["--local-size", 18], "--local-size 18.*try 16"),
     (["--batch-size", 17], "17 pictures is larger than the set.*has 16"), (["--batch-size", 1], "KoLeo needs a neighbour"),
     (["--data", "nowhere"], "--data nowhere: neither"), (["--device", "cuda"], "--device cuda: torch sees no GPU"), (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])

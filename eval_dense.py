@@ -49,9 +49,8 @@ heads trained on nyu, in Eigen's crop, truth and prediction cut off at 8 m. Scen
 
 Ours, not the papers': the sampled rows and columns; whole pictures without augmentation for depth
 (DINOv2 and v3 crop, flip, turn and colour them), crops for classes not coloured; linear decay
-everywhere; no limit on a class's
-share of a crop; the rate for nyu is chosen on frames of the same videos; [CLS] and mean patch of
-one block, without augmentation, for cls.
+everywhere; no limit on a class's share of a crop; the rate for nyu is chosen on frames of the same
+videos; [CLS] and mean patch of one block, without augmentation, for cls.
 """
 
 import argparse

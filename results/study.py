@@ -231,8 +231,9 @@ def difference(by: dict, control: str | None, arm: str, result: str, metric: str
 
 def comparisons(by: dict) -> list[tuple[str, str | None]]:
     """(arm, its control) of what is there; qkv4 also against the plain network of as many parameters."""
-    arms = dict.fromkeys(arm for arm, _ in by)
-    return [(arm, CONTROL.get(arm, "plain")) for arm in arms] + [("qkv4", "wide")] * (arms.keys() >= {"qkv4", "wide"})
+    there = {arm for arm, _ in by}
+    out = [(arm, CONTROL.get(arm, "plain")) for arm in ("untrained", *ARMS) if arm in there]
+    return out + [("qkv4", "wide")] * (there >= {"qkv4", "wide"})
 
 
 def tables(file: Path) -> None:
@@ -261,8 +262,8 @@ def tables(file: Path) -> None:
 
 
 def draw(file: Path) -> None:
-    """study-SCALE-DATA.png: paired differences, seeds in colour; study-cosines.png: by block, a thin line a run, a thick
-    one their mean."""
+    """study-SCALE-DATA.png: paired differences, from three seeds on, each in colour; study-cosines.png: by block, a thin
+    line a run, a thick one their mean."""
     import analyze
     if analyze.Figure is None:
         sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
@@ -272,7 +273,7 @@ def draw(file: Path) -> None:
     for title, by in data.items():
         panels = {}
         for (arm, control), (name, what) in product(comparisons(by), SHOWN.items()):
-            if (d := difference(by, control, arm, *what)) and d["n"] > 1:
+            if (d := difference(by, control, arm, *what)) and d["n"] > 2:
                 label = LABELS.get(arm, arm) + (f" - {control}" if control != "plain" else "")
                 panels.setdefault(f"{title}: {name}", []).append((label, d["low"], d["difference"], d["high"], *d["each"]))
         if panels:

@@ -97,7 +97,8 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "scenes-norms-1           train, scenes, inside" in capsys.readouterr().out
 
 
-def test_pictures_of_the_tables(small):
+def test_pictures_of_the_tables(small, monkeypatch):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), [0, 1, 2])])
     assert small()[0]["cosine by block"] == [0.5, 0.25]
     if not importlib.util.find_spec("matplotlib"):
         with pytest.raises(SystemExit, match="python -m pip install matplotlib"):

@@ -140,7 +140,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
 @pytest.mark.parametrize("recipe, centring", [("dinov2", "sinkhorn"), ("dinov2", "ema"), ("dino", "ema")])
 def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, recipe, centring):
     flags = [*QUICK, "--recipe", recipe, "--spec", "norms,qkv", "--steps", 3, "--centring", centring]
-    script(*flags, "--batch-size", 8, "--out", tmp_path / "one")
+    run(tmp_path / "one", *flags, "--batch-size", 8)
     script(*flags, "--batch-size", 4, "--out", tmp_path / "two", ranks=2)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 3
@@ -346,6 +346,7 @@ def test_bench_times_both_networks_in_turns_and_leaves_nothing(tmp_path, ranks):
 def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     """As given with its variant, plain without, plain again the very same network; labels have views of their own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(clsspec.SIZES, "nano", (64, 2, 1, 8))
     calls, real = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec, rest[-3]))
                         or real(args, learner, *rest))

@@ -500,8 +500,7 @@ def compare(a: str, b: str) -> dict[str, dict]:
         raise ValueError(f"no pairs: seeds of {a!r} are {sorted(groups[0])}, of {b!r} "
                          f"{sorted(groups[1])}; quote the patterns, train both with equal --seed")
     every = [group[seed] for group in groups for seed in seeds]
-    x, y = how
-    differ = {k for s in seeds for k in x[s] if x[s][k] != y[s].get(k)}
+    differ = {k for s in seeds for k, v in how[0][s].items() if v != how[1][s].get(k)}
     differ -= {"out", "resume", "overwrite"}
     out = {"seeds": seeds, "left out": sorted(groups[0].keys() ^ groups[1].keys()),
            "differ in": sorted(differ), "results": {}}
@@ -911,7 +910,6 @@ def run(args) -> None:
         for folder in dict.fromkeys([out, *(() if args.out else homes.values())]):
             mine = {n: v for n, v in results[what].items() if folder in (out, homes[n])}
             if mine:
-                folder.mkdir(parents=True, exist_ok=True)
                 found = {"made": made(args)["made"] | how, "models": tidy(mine)}
                 eval_dense.record(folder / "analysis.json", title(what), found)
 

@@ -1055,6 +1055,7 @@ def versions() -> dict[str, str]:
 
 def record(file: Path, key: str, result: dict) -> None:
     """Write a result to a JSON file; what is there under other names stays."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".tmp")
     try:
         results = json.loads(file.read_text()) if file.exists() else {}
@@ -1156,8 +1157,7 @@ def run(args) -> None:
     paths = [Path(name) / "last.pt" if Path(name).is_dir() else Path(name) for name in args.runs]
     models = [clsspec.load(path, args.network) for path in paths]
     for out in map(home, paths):  # before hours of work
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
+        if not os.access(next(p for p in (out, *out.parents) if p.exists()), os.W_OK):
             raise ValueError(f"{out} cannot be written to, and results would go there")
     for name, path, model in zip(args.runs, paths, models):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root,

@@ -195,11 +195,13 @@ def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, w
     at = tree(tmp_path / "t")
     broken(at, what)
     monkeypatch.setattr(clsspec, "load", lambda *a: Oracle())
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         eval_dense.main(["x", "--data", "pairs", "--root", str(at), "--iterations", "2", "--workers", str(workers)])
     message = str(caught.value)
     assert message.startswith("error: ") and "\n" not in message
     assert re.search(words, message), message
+    assert not Path("runs").exists()  # no folder for results that never came
 
 
 def test_pictures_of_several_sizes_are_fine_with_crops(tmp_path):

@@ -474,7 +474,9 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
                     (block if isinstance(block, list) else [block]) if v is not None]
                 for k in BLOCKS.get(what, ())}
         if any(flat.values()):
-            out[f"{name}, mean over blocks"] = {k: sum(v) / len(v) for k, v in flat.items() if v}
+            n = max(found["made"]["pictures"].values())
+            out[f"{name}, mean over blocks of {n} pictures"] = {
+                k: sum(v) / len(v) for k, v in flat.items() if v}
     return out
 
 
@@ -900,11 +902,15 @@ def run(args) -> None:
     how = {k: getattr(args, k) for k in ("data", "root", "network", "device", "foreground")}
     how |= {"pictures": {n: len(v) for n, v in imgs.items()}, "pixels": sizes, "grids": grids}
 
-    # What is not as usual stands in the result's name.
-    on = [Path(p).name for p in (args.data, args.root) if p not in ("scenes", "")]
-    on = ([args.network] if args.network != "teacher" else []) + on
-    on += [f"image_size={args.image_size}"] if args.image_size else []
-    title = lambda what: " ".join([what, *(on if what not in ("degradation", "cost") else ())])
+    def title(what):  # what is not as usual stands in the result's name
+        if what in ("degradation", "cost"):
+            return what
+        on = [what, *([args.network] if args.network != "teacher" else ())]
+        on += [Path(p).name for p in (args.data, args.root) if p not in ("scenes", "")]
+        on += [f"image_size={args.image_size}"] if args.image_size else []
+        if what == "foreground" and args.background:
+            on += [f"background={','.join(args.background)}"]
+        return " ".join(on + ["foreground"] * (what == "pca" and args.foreground))
 
     def keep(what):  # all in one file; what is of another run, in its folder, too
         for folder in dict.fromkeys([out, *(() if args.out else homes.values())]):

@@ -358,7 +358,7 @@ def test_what_is_of_a_run_is_in_its_folder(trained):
     analyze.main([str(trained / "plain"), str(trained / "spec"), "--what", "cosines", "--pictures", "2"])
     plain, spec = (json.loads((trained / n / "analysis.json").read_text())["cosines"]["models"] for n in ("plain", "spec"))
     assert plain.keys() == {"plain", "spec"} and spec == {"spec": plain["spec"]}
-    plain, spec = (analyze.numbers_of(trained / n)["cosines, mean over blocks"] for n in ("plain", "spec"))
+    plain, spec = (analyze.numbers_of(trained / n)["cosines, mean over blocks of 2 pictures"] for n in ("plain", "spec"))
     assert plain.keys() == spec.keys() and plain != spec
 
 
@@ -426,7 +426,7 @@ def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
     assert len(numbers["auc_pc"]) == 12 and all(0.5 <= v <= 1 for v in numbers["auc_pc"])
     analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
                   "--image-size", "32", "--out", str(tmp_path), "--background", "0,1"])
-    saved = json.loads((tmp_path / "analysis.json").read_text())[on]
+    saved = json.loads((tmp_path / "analysis.json").read_text())[f"{on} background=0,1"]
     assert saved["models"]["plain"]["auc_pc"] == [None] * 12 and saved["made"]["root"] == str(tmp_path)
 
 

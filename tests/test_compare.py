@@ -117,8 +117,8 @@ def test_compare_knows_what_was_analysed(tmp_path, capsys):
         for s in (0, 1):
             numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7], [None, None]], "x": [1.0]}
             (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": {
-                "models": {f"{name}-{s}": numbers, "beside": {"before norm cls_patch": [9.0]}}}}))
-    found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks"]
+                "models": {f"{name}-{s}": numbers, "beside": {"before norm cls_patch": [9.0]}}, "made": {"pictures": {"beside": 8}}}}))
+    found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks of 8 pictures"]
     assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}
     assert found["before norm cls_patch"]["a"] == pytest.approx(0.2) and found["after norm patch_patch"]["b"] == pytest.approx(0.6)
     assert found["before norm cls_patch"]["difference"] == pytest.approx(0.25)

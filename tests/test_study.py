@@ -39,7 +39,7 @@ elif stage == "scenes":
     result = {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}
     (run / "eval.json").write_text(json.dumps({"teacher scenes layer=4": {"miou": 1}, "teacher scenes": result, "untrained scenes": {"miou": 9}}))
 elif stage == "inside":
-    cosines = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}}}
+    cosines = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}}, "made": {"pictures": {run.name: 256}}}
     (run / "analysis.json").write_text(json.dumps({"cosines": cosines}))
 """
 

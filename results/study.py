@@ -185,6 +185,9 @@ INSIDE = {"cosine, on Tiny ImageNet": ("cosines tiny, mean over blocks", "after 
     f"cosine {who}, {point}": ("cosines, mean over blocks", f"{point} {key}")
     for point in ("before norm", "after norm", "attention", "after attention")
     for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
+LATE, MIDDLE = (5000, 5500, 6000), (2500, 3000, 3500)  # steps of the online probes that question 5 compares
+DRIFT = {"mIoU %": ("drift", "miou"), "RMSE m": ("drift", "rmse"), "k-NN %": ("drift", "knn")}
+TABLES = {"": SHOWN, ": what is inside": INSIDE, ": online probes of steps 5000 to 6000 minus those of 2500 to 3500": DRIFT}
 LABELS = {"qkv4": "norms, qkv in 4", "wide": "plain, as many\nparameters", "qkv2": "norms, qkv in 2",
           "qkv8": "norms, qkv in 8", "qkv12": "norms, qkv in 12"}
 
@@ -211,8 +214,20 @@ def groups(every: list[dict]) -> dict[str, dict]:
     return out
 
 
+def drift(by: dict, arm: str, metric: str) -> dict[int, float]:
+    """{seed: mean of the late online probes minus that of the middle ones}, of long runs."""
+    out = {}
+    for (name, seed), line in by.items():
+        at = {probe["step"]: probe[metric] for probe in line["probes"] if metric in probe}
+        if name == arm and at.keys() >= {*LATE, *MIDDLE}:
+            out[seed] = statistics.mean(at[s] for s in LATE) - statistics.mean(at[s] for s in MIDDLE)
+    return out
+
+
 def numbers(by: dict, arm: str, result: str, metric: str) -> dict[int, float]:
     """{seed: number}, judged by the protocol as it is: other options would stand in the result's name."""
+    if result == "drift":
+        return drift(by, arm, metric)
     found = {s: [v[metric] for k, v in line["results"].items() if f"{k} ".startswith(f"{result} ") and "=" not in k
                  and metric in v] for (a, s), line in by.items() if a == arm}
     return {s: found[s][0] for s in sorted(found) if found[s]}
@@ -220,11 +235,13 @@ def numbers(by: dict, arm: str, result: str, metric: str) -> dict[int, float]:
 
 def difference(by: dict, control: str | None, arm: str, result: str, metric: str) -> dict | None:
     """An arm minus its control over the seeds that both have: analyze.interval, and the single ones. Runs of other
-    versions, devices or numbers of threads are no pair."""
+    versions, devices or numbers of threads are no pair. A drift without a control is compared with none, 0."""
     import analyze
     import torch
     a, b = (numbers(by, who, result, metric) for who in (control, arm))
     same = [s for s in a if s in b and all(by[control, s][k] == by[arm, s][k] for k in analyze.SETTING)]
+    if result == "drift" and not control:
+        a, same = dict.fromkeys(b, 0.0), list(b)
     pairs = torch.tensor([(a[s], b[s]) for s in same]).double()
     return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if same else None
 
@@ -238,11 +255,11 @@ def comparisons(by: dict) -> list[tuple[str, str | None]]:
 
 def tables(file: Path) -> None:
     """For every data set: each arm's mean and standard deviation, and its paired difference to its control; then the
-    same of what is inside."""
+    same of what is inside, and of how the online probe goes on in long runs."""
     every = read(file)
-    for (title, by), shown in product(groups(every).items(), (SHOWN, INSIDE)):
-        effects, intervals = 0, 0
-        print(f"\n{title}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
+    for (title, by), (what, shown) in product(groups(every).items(), TABLES.items()):
+        effects, intervals, rows = 0, 0, []
+        shown = {name: at for name, at in shown.items() if any(numbers(by, arm, *at) for arm, _ in by)}
         for arm, control in comparisons(by):
             seeds, cells = sorted(s for a, s in by if a == arm), []
             for result, metric in shown.values():
@@ -256,14 +273,18 @@ def tables(file: Path) -> None:
                     cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
                     cell += f", n = {d['n']})" if d["n"] < len(own) else ")"
                 cells.append(cell)
-            print(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
-        print(f"\n{effects} of {intervals} intervals leave out zero; of as many without any effect, {intervals / 20:.1f} would")
+            if any(cells):
+                rows.append(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+        if rows:
+            print(f"\n{title}{what}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
+            print("\n".join(rows))
+            print(f"\n{effects} of {intervals} intervals leave out zero; of as many without any effect, {intervals / 20:.1f} would")
     print("\nfailed: " + (", ".join(f"{d['run']} ({stage})" for d in every for stage in d["failed"]) or "none"))
 
 
 def draw(file: Path) -> None:
-    """study-SCALE-DATA.png: paired differences, from three seeds on, each in colour; study-cosines.png: by block, a thin
-    line a run, a thick one their mean."""
+    """study-SCALE-DATA.png: paired differences, from three seeds on, each in colour; study-cosines.png: by block;
+    study-SCALE-DATA-long.png: the online probe of the long runs."""
     import analyze
     if analyze.Figure is None:
         sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
@@ -280,17 +301,33 @@ def draw(file: Path) -> None:
             analyze.draw_intervals(file.with_name(f"study-{title.replace(', ', '-')}.png"), panels, 0, 3)
     fig, axes = analyze.canvas(len(data), min(len(data), 2))
     for ax, (title, by) in zip(axes, data.items()):
-        for i, arm in enumerate(MAIN):
-            runs = [d["cosine by block"] for (a, _), d in by.items() if a == arm]
-            for values in runs:
-                ax.plot(range(1, 1 + len(values)), values, **analyze.style(i), linewidth=0.8, alpha=0.4)
-            if runs:
-                ax.plot(range(1, 1 + len(values)), [sum(some) / len(some) for some in zip(*runs)], **analyze.style(i),
-                        linewidth=2, label=LABELS.get(arm, arm))
+        curves(ax, {LABELS.get(arm, arm): [(range(1, 1 + len(d["cosine by block"])), d["cosine by block"])
+                                           for (a, _), d in by.items() if a == arm] for arm in MAIN})
         ax.set(title=title, xlabel="block (the last is the final norm)", ylabel="cosine, [CLS] and patches, after norm1")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
     fig.savefig(file.with_name("study-cosines.png"), dpi=90)
+    for title, by in data.items():
+        if not (shown := {name: metric for name, (_, metric) in DRIFT.items() if drift(by, "dino", metric)}):
+            continue
+        fig, axes = analyze.canvas(len(shown), len(shown))
+        for ax, (name, metric) in zip(axes, shown.items()):
+            curves(ax, {arm: [zip(*((p["step"], p[metric]) for p in d["probes"])) for (a, _), d in by.items() if a == arm]
+                        for arm in ("dino", "dino-entmax")})
+            ax.set(title=f"{title}, online probe: {name}", xlabel="step")
+        fig.savefig(file.with_name(f"study-{title.replace(', ', '-')}-long.png"), dpi=90)
+
+
+def curves(ax, lines: dict[str, list]) -> None:
+    """{label: [(x, y) of a run]}, all of one label with the same x: a thin line a run, a thick one their mean."""
+    import analyze
+    for i, (label, runs) in enumerate(lines.items()):
+        runs = [(list(x), list(y)) for x, y in runs]
+        for x, y in runs:
+            ax.plot(x, y, **analyze.style(i), linewidth=0.8, alpha=0.4)
+        if runs:
+            mean = [statistics.mean(some) for some in zip(*(y for _, y in runs))]
+            ax.plot(x, mean, **analyze.style(i), linewidth=2, label=label)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
 
 
 def main() -> None:

@@ -89,10 +89,10 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
     small("--tables")
     table = capsys.readouterr().out.splitlines()
-    assert "| untrained |  | 0, 1 | 9.00 ± 0.00 |  |  |  |  |  |  |" in table
-    assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 |  |  |  |  | 0.625 ± 0.354 |" in table
+    assert "| untrained |  | 0, 1 | 9.00 ± 0.00 |  |  |" in table
+    assert "| plain |  | 0, 1 | 30.50 ± 0.71 | 1.500 ± 0.000 | 0.625 ± 0.354 |" in table
     assert ("| norms | plain | 0, 1 | 31.50 ± 0.71 (+1.00 [+1.00, +1.00]) | 1.500 ± 0.000 (+0.000 [+0.000, +0.000]) "
-            "|  |  |  |  | 0.625 ± 0.354 (+0.000 [+0.000, +0.000]) |") in table and table[-1] == "failed: none"
+            "| 0.625 ± 0.354 (+0.000 [+0.000, +0.000]) |") in table and table[-1] == "failed: none"
     small("--list")
     assert "scenes-norms-1           train, scenes, inside" in capsys.readouterr().out
 
@@ -210,6 +210,27 @@ def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "| bias | plain | 0, 1 | 20.00 ± 0.00 (-10.00" in table and "| bias-qkv4 | bias | 0, 1 | 25.00 ± 0.00 (+5.00" in table
     assert "| dino |  | 0, 1 | 9.00 ± 0.00 |" in table
+
+
+def test_long_runs_are_compared_late_with_half_way(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "dino", "dino-entmax"), [0, 1])])
+    small("--workers", 2)
+    lines = [json.loads(line) for line in small.lines.read_text().splitlines()]
+    fall = {("dino", 0): -4, ("dino", 1): -2, ("dino-entmax", 0): 1, ("dino-entmax", 1): 2}
+    for d in lines:  # up to step 3500 30 +- 1, from 5000 on 30 +- 1 and what it fell by; between them anything
+        late = lambda step: fall.get((d["arm"], d["seed"]), 0) * (step > 4500)
+        steps = range(500, 6001, 500) if d["arm"] != "plain" else range(500, 1501, 500)
+        d["probes"] = [{"step": s, "miou": 30 + (s // 500 % 3 - 1) + late(s) + 9 * (s == 4000), "rmse": 1.0} for s in steps]
+    small.lines.write_text("".join(json.dumps(d) + "\n" for d in lines))
+    capsys.readouterr()
+    small("--tables")
+    table = capsys.readouterr().out.split("online probes of steps 5000 to 6000 minus those of 2500 to 3500\n\n")[1]
+    assert table.startswith("| arm | against | seeds | mIoU % | RMSE m |\n")  # no k-NN
+    assert "| dino |  | 0, 1 | -3.00 ± 1.41 (-3.00 [-15.71, +9.71]) | 0.000 ± 0.000" in table and "plain" not in table
+    assert "| dino-entmax | dino | 0, 1 | 1.50 ± 0.71 (+4.50 [-1.85, +10.85]) |" in table
+    if importlib.util.find_spec("matplotlib"):
+        small("--draw")
+        assert (small.lines.parent / "study-nano-scenes-long.png").exists()
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
     assert config["args"]["spec"] == ["norms", "qkv"] and config["model"]["spec_blocks"] == 8 and config["torch"]
     lines = logged(tmp_path / "a")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    keys = {"step", "epoch", "loss", "dino", "ibot", "koleo", "entropy", "kl", "cls_std", "lr", "wd", "ema", "temp",
+    keys = {"step", "epoch", "loss", "dino", "ibot", "koleo", "entropy", "usage", "kl", "cls_std", "lr", "wd", "ema", "temp",
             "grad_norm", "img_per_s", "peak_mb", "skipped"}
     assert keys <= lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
     model = clsspec.load(tmp_path / "a/last.pt")

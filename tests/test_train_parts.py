@@ -253,6 +253,22 @@ def test_every_parameter_that_should_learn_gets_a_gradient_and_the_teacher_none(
     assert 0 < meters["entropy"] <= 1 and meters["kl"] > 0
 
 
+def test_a_meter_tells_of_prototypes_that_nobody_uses():
+    img = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)
+    found = {}
+    for centring in ("sinkhorn", "ema"):
+        args, student, teacher = networks("--recipe", "dino", "--centring", centring, "--prototypes", "16")
+        teacher.cls_centre[3:] += 10  # nobody gets these
+        found[centring] = train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), None, 0.04)[1]["usage"]
+    assert found["sinkhorn"] == pytest.approx(1, abs=0.02) and 0 < found["ema"] <= math.log(3) / math.log(16) + 1e-4
+
+
+def test_the_moving_centre_is_for_large_scales():
+    kind = lambda *flags: train.parse(["--recipe", "dino", *flags]).centring
+    assert [kind("--scale", scale) for scale in train.SCALES] == ["ema", "sinkhorn", "sinkhorn"]
+    assert kind("--scale", "nano", "--centring", "ema") == "ema"
+
+
 def test_teacher_sees_whole_global_views_only():
     args, student, teacher = networks()
     seen = []

@@ -10,7 +10,8 @@
 
 Three recipes, all sets of defaults of one loop. `dinov2` (arXiv 2304.07193): DINO loss on [CLS],
 iBOT loss on masked patches, KoLeo, Sinkhorn-Knopp. `dino` (arXiv 2104.14294): the [CLS] loss with a
-moving centre. `deit3` (arXiv 2204.07118): labels; the teacher is then only an average of weights.
+moving centre (at nano and small Sinkhorn-Knopp). `deit3` (arXiv 2204.07118): labels; the teacher is
+then only an average of weights.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
 change nothing, nor do ranks, but for what each draws by itself (skipped branches, mixup); a resumed

@@ -175,8 +175,8 @@ def collect(args) -> None:
 
 
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
-CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None, "dino-ema": None,
-           "plain": None, "untrained": None}
+CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
+           "dino-ema": None, "plain": None, "untrained": None}
 
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
@@ -312,8 +312,8 @@ def draw(file: Path) -> None:
             continue
         fig, axes = analyze.canvas(len(shown), len(shown))
         for ax, (name, metric) in zip(axes, shown.items()):
-            curves(ax, {arm: [zip(*((p["step"], p[metric]) for p in d["probes"])) for (a, _), d in by.items() if a == arm]
-                        for arm in ("dino", "dino-entmax")})
+            curves(ax, {arm: [([p["step"] for p in d["probes"]], [p[metric] for p in d["probes"]])
+                              for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")})
             ax.set(title=f"{title}, online probe: {name}", xlabel="step")
         fig.savefig(file.with_name(f"study-{title.replace(', ', '-')}-long.png"), dpi=90)
 
@@ -322,7 +322,6 @@ def curves(ax, lines: dict[str, list]) -> None:
     """{label: [(x, y) of a run]}, all of one label with the same x: a thin line a run, a thick one their mean."""
     import analyze
     for i, (label, runs) in enumerate(lines.items()):
-        runs = [(list(x), list(y)) for x, y in runs]
         for x, y in runs:
             ax.plot(x, y, **analyze.style(i), linewidth=0.8, alpha=0.4)
         if runs:

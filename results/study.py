@@ -41,7 +41,7 @@ ARMS = {  # flags of train.py
     "bias": "--attn-bias", "bias-qkv4": "--attn-bias --spec norms,qkv --spec-blocks 4",
     "entmax": "--attn entmax15", "classattn": "--class-attn 2", "deit3": "--recipe deit3",
     "dino": "--recipe dino --steps 6000", "dino-entmax": "--recipe dino --steps 6000 --attn entmax15",
-    "dino-ema": "--recipe dino --steps 6000 --centring ema",
+    "dino-ema": "--recipe dino --steps 6000 --centring ema", "dino-short": "--recipe dino",
 }
 MAIN = "plain", "norms", "qkv4", "wide"
 PLAN = [  # (data, arms, seeds), in the order of the questions
@@ -52,7 +52,7 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
     *[("scenes", ("qkv2", "qkv8", "qkv12"), [seed]) for seed in (0, 1, 2)],
     *[("scenes", ("registers", "registers-qkv4", "bias", "bias-qkv4"), [seed]) for seed in (0, 1, 2)],
     *[("scenes", ("dino", "dino-entmax"), [seed]) for seed in (0, 1, 2)],
-    ("scenes", ("dino-ema",), [0]),
+    ("scenes", ("dino-ema", "dino-short"), [0]),
 ]
 
 
@@ -176,7 +176,7 @@ def collect(args) -> None:
 
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
-           "dino-ema": None, "plain": None, "untrained": None}
+           "dino-ema": None, "dino-short": None, "plain": None, "untrained": None}
 
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),

@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 STOP, CHILDREN = threading.Event(), set()  # somebody wants this to end; what is at work
 
 WIDE = {"nano": 4.535, "small": 4.508}  # the MLP's ratio, so that `wide` has as many parameters as qkv4
+HALF = {"nano": 2e-3, "small": 5e-4}  # half of train.py's learning rate
 ARMS = {  # flags of train.py
     "plain": "", "norms": "--spec norms", "qkv4": "--spec norms,qkv --spec-blocks 4",
     "wide": "--mlp-ratio {wide}",
@@ -42,6 +43,7 @@ ARMS = {  # flags of train.py
     "entmax": "--attn entmax15", "classattn": "--class-attn 2", "deit3": "--recipe deit3",
     "dino": "--recipe dino --steps 6000", "dino-entmax": "--recipe dino --steps 6000 --attn entmax15",
     "dino-ema": "--recipe dino --steps 6000 --centring ema", "dino-short": "--recipe dino",
+    "plain-half": "--lr {half}", "qkv4-half": "--lr {half} --spec norms,qkv --spec-blocks 4",
 }
 MAIN = "plain", "norms", "qkv4", "wide"
 PLAN = [  # (data, arms, seeds), in the order of the questions
@@ -53,6 +55,7 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
     *[("scenes", ("registers", "registers-qkv4", "bias", "bias-qkv4"), [seed]) for seed in (0, 1, 2)],
     *[("scenes", ("dino", "dino-entmax"), [seed]) for seed in (0, 1, 2)],
     ("scenes", ("dino-ema", "dino-short"), [0]),
+    *[("scenes", ("plain-half", "qkv4-half"), [seed]) for seed in (5, 6, 7)],
 ]
 
 
@@ -72,7 +75,7 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
     pictures = ["--data", str(args.tiny)] if data == "tiny" else []
     judge, nyu = ["eval_dense.py", str(run)], ["--data", "pairs", "--root", str(args.nyu)]
     untrained = ["--network", "untrained"]
-    flags = ARMS[arm].format(wide=WIDE[args.scale]).split()
+    flags = ARMS[arm].format(wide=WIDE[args.scale], half=HALF[args.scale]).split()
     out = {"train": ["train.py", "--scale", args.scale, *flags, "--seed", str(seed), *pictures, "--no-probe",
                      "--save-every", "50", "--out", str(run), resume], "scenes": judge}
     if (data, arm) == ("scenes", "plain"):
@@ -176,7 +179,8 @@ def collect(args) -> None:
 
 # What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
-           "dino-ema": None, "dino-short": None, "plain": None, "untrained": None}
+           "dino-ema": None, "dino-short": None, "plain-half": None, "qkv4-half": "plain-half", "plain": None,
+           "untrained": None}
 
 SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
          "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),

@@ -46,7 +46,7 @@ ARMS = {  # flags of train.py
     "plain-half": "--lr {half}", "qkv4-half": "--lr {half} --spec norms,qkv --spec-blocks 4",
 }
 MAIN = "plain", "norms", "qkv4", "wide"
-PLAN = [  # (data, arms, seeds), in the order of the questions
+PLAN = [  # (data, arms, seeds), in the order of the questions; last what STUDY.md added to them
     *[("scenes", MAIN, [seed]) for seed in (0, 1, 2)],
     ("scenes", ("rank8", "registers", "bias", "entmax", "classattn", "deit3"), [0]),
     *[("tiny", MAIN, [seed]) for seed in (0, 1, 2)],
@@ -177,7 +177,7 @@ def collect(args) -> None:
     beside.replace(args.lines)
 
 
-# What an arm is compared with: plain, but where the recipe or the high-norm strategy differs.
+# What an arm is compared with: plain, but where recipe, high-norm strategy or learning rate differ.
 CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
            "dino-ema": None, "dino-short": None, "plain-half": None, "qkv4-half": "plain-half", "plain": None,
            "untrained": None}

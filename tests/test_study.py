@@ -77,6 +77,8 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
     wide, qkv4 = (train.parse(study.stages(args, tmp_path, "scenes", arm, 0)["train"][1:]) for arm in ("wide", "qkv4"))
     count = lambda args: clsspec.parameters_by_component(train.Network(args).backbone)["total"]
     assert abs(count(wide) / count(qkv4) - 1) < 0.002 and wide.scale == scale
+    half = train.parse(study.stages(args, tmp_path, "scenes", "plain-half", 5)["train"][1:])
+    assert half.lr == qkv4.lr / 2
 
 
 def test_it_does_what_is_left_and_compares(small, capsys):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,19 @@ import clsspec
 import train
 from analyze import POINTS, Step, survey, walk
 from conftest import QUICK
-from test_clsspec import vit
-from test_variants import VARIANTS
+from test_clsspec import TINY, VARIANTS, vit
 
 
 def step(x=None, attention=None, first=1, cls=True, bias=0, grid=(2, 2)):
     """A Step with the same tokens x (B, T, D) everywhere."""
     x = torch.zeros(1, first + grid[0] * grid[1], 4) if x is None else x
     return Step({p: x for p in POINTS}, x, x, attention, first, cls, bias, grid)
+
+
+def subject(**more):
+    """What a function of numbers may ask about a model: its pictures are Scenes, its grid 2 x 2."""
+    args = SimpleNamespace(data="scenes", root="", network="teacher", background=None)
+    return SimpleNamespace(**{"args": args, "mask": None, "grid": (2, 2), "model": None} | more)
 
 
 # --- the walk ----------------------------------------------------------------------------------------
@@ -72,7 +78,7 @@ def test_a_model_of_disjoint_dimensions():
         assert c[f"{point} cls_patch"][0] == pytest.approx(0, abs=1e-6)
         assert c[f"{point} patch_patch"][0] == pytest.approx(1, abs=1e-6)
     assert all(v.shape == (5,) for v in kept["cosines"]["before norm cls_patch"])
-    d = analyze.dimension_numbers(model, kept["dimensions"])
+    d = analyze.dimension_numbers(kept["dimensions"], subject(model=model))
     assert d["before norm overlap"][:3] == pytest.approx([0] * 3, abs=1e-6)
     assert d["before norm cls"][0] == pytest.approx([1.0] * 16 + [0.0] * 16)
     assert d["before norm patch"][0] == pytest.approx([0.0] * 16 + [3.0] * 16)
@@ -84,7 +90,7 @@ def test_a_model_of_disjoint_dimensions():
     with torch.no_grad():
         model.blocks[0].norm1.cls.weight[:16] = 5.0
         model.blocks[0].norm1.patch.weight[16:] = 3.0
-    d = analyze.dimension_numbers(model, survey(model, img, [analyze.dimensions])["dimensions"])
+    d = analyze.dimension_numbers(survey(model, img, [analyze.dimensions])["dimensions"], subject(model=model))
     expected = {"gain on cls dims": 5, "gain on patch dims": 3, "gains_cosine": 16 / math.sqrt(29 * 13)}
     assert {k: d[k][0] for k in expected} == pytest.approx(expected)
 
@@ -141,9 +147,18 @@ def test_the_survey_normalises_pictures_and_keeps_their_order():
         torch.testing.assert_close(kept[block], whole[block], atol=1e-3, rtol=1e-4)
 
 
-def test_overlap_by_hand():
-    assert analyze.overlap(torch.tensor([3.0, 1, 0]), torch.tensor([2.0, 0, 2])) == pytest.approx(0.5)
-    assert analyze.overlap(torch.tensor([3.0, 1]), torch.tensor([6.0, 2])) == pytest.approx(1)
+def test_overlap_and_gains_by_hand():
+    """Ten dimensions, no block, one norm: the largest tenth is the one dimension that is largest."""
+    norm = torch.nn.LayerNorm(10)
+    with torch.no_grad():
+        norm.weight.copy_(-torch.arange(10.0))
+    zero, one = torch.zeros(1, 10), torch.eye(10)
+    kept = {"before norm cls": [3 * one[4:5] + one[7:8]], "before norm patch": [2 * one[4:5] + 2 * one[9:]],
+            "after norm cls": [zero + 3], "after norm patch": [zero + 6]}
+    n = analyze.dimension_numbers(kept, subject(model=SimpleNamespace(blocks=[], norm=norm)))
+    assert n["before norm overlap"] == pytest.approx([0.5]) and n["after norm overlap"] == pytest.approx([1])
+    assert n["gain on cls dims"] == [4] and n["gain on patch dims"][0] in (4, 9)
+    assert n["cls gain"] == n["patch gain"] == [[-float(i) for i in range(10)]]
 
 
 def test_outliers_of_patch_norms():
@@ -154,23 +169,19 @@ def test_outliers_of_patch_norms():
     x[:, 0] = 1000  # [CLS] does not count
     kept = analyze.norms(step(x, torch.zeros(0), grid=(3, 3)))
     assert kept["norm"].shape == (2, 9)
-    n = analyze.norm_numbers({"norm": [kept["norm"]]}, (3, 3))
+    n = analyze.norm_numbers({"norm": [kept["norm"]]}, subject(grid=(3, 3)))
     assert n["median"] == [2.0] and n["largest"] == [100.0]
     assert n["outliers"] == pytest.approx([100 * 2 / 18]) and n["on_border"] == pytest.approx([50])
-    assert n["map"] == [[[50, 0, 0], [0, 50, 0], [0, 0, 0]]]
     many = torch.arange(1, 1002).float().repeat(6, 1).T.reshape(1001, 6)  # 1 to 1001, six times each
-    n = analyze.norm_numbers({"norm": [many]}, (2, 3))
-    assert n["p99"] == [991] and n["quantiles"] == [pytest.approx([11, 51, 251, 501, 751, 951])]
-    corner = torch.ones(2, 12)
+    assert analyze.norm_numbers({"norm": [many]}, subject(grid=(2, 3)))["p99"] == [991]
+    corner, inside, left = torch.ones(2, 12), torch.ones(1, 12), torch.ones(1, 12)
     corner[1, 3] = 9  # row 0, column 3 of 3 x 4
-    n = analyze.norm_numbers({"norm": [corner]}, (3, 4))
-    assert n["map"] == [[[0, 0, 0, 50], [0] * 4, [0] * 4]] and n["on_border"] == [100]
-    inside = torch.ones(1, 12)
-    inside[0, 6] = 9
-    assert analyze.norm_numbers({"norm": [inside]}, (3, 4))["on_border"] == [0]
+    inside[0, 6], left[0, 4] = 9, 9
+    three = analyze.norm_numbers({"norm": [corner, inside, left]}, subject(grid=(3, 4)))  # of three blocks
+    assert three["on_border"] == [100, 0, 100] and three["outliers"] == pytest.approx([100 / 24, 100 / 12, 100 / 12])
     uneven = torch.cat([torch.ones(1, 9), torch.full((1, 9), 3.5)])  # the median is of all pictures together
-    assert analyze.norm_numbers({"norm": [uneven]}, (3, 3))["outliers"] == [50]
-    none = analyze.norm_numbers({"norm": [torch.ones(2, 9)]}, (3, 3))
+    assert analyze.norm_numbers({"norm": [uneven]}, subject(grid=(3, 3)))["outliers"] == [50]
+    none = analyze.norm_numbers({"norm": [torch.ones(2, 9)]}, subject(grid=(3, 3)))
     assert none["outliers"] == [0] and math.isnan(none["on_border"][0])
 
 
@@ -219,55 +230,70 @@ def test_patch_labels_are_the_commonest_class():
     mask[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
     mask[0, :2, 2:4] = torch.tensor([[255, 255], [255, 2]])
     mask[0, 2:, 4:] = 0
-    assert analyze.patch_labels(mask, (2, 3), 3).tolist() == [[1, 2, 255, 255, 255, 0]]
+    assert analyze.patch_labels(mask, (2, 3)).tolist() == [[1, 2, 255, 255, 255, 0]]
 
 
-def test_foreground_that_is_planted():
+def test_foreground_that_is_planted(tmp_path):
     torch.manual_seed(0)
-    labels = (torch.rand(6, 64) < 0.4).long() * 3 + (torch.rand(6, 64) < 0.5).long()  # 0, 1 behind; 3, 4 in front
-    front = labels >= 3
+    labels = (torch.rand(6, 64) < 0.4).long() * 4 + (torch.rand(6, 64) < 0.5).long() * 3  # 0, 3 behind; 4, 7 in front
+    front = labels >= 4
     x = 0.1 * torch.randn(6, 64, 8)
     x[..., 0] += 5 * front  # the first component
-    x[..., 1] += labels % 3 == 1
+    x[..., 1] += labels % 4 == 3
     cosine = torch.where(front, 0.9, 0.1)
     labels[0, :5] = 255
     cosine[0, :5] = -1  # of patches without a class
-    labels[5] = 3  # all in front: does not count
-    n = analyze.foreground_numbers({"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}, labels, (0, 1))
+    labels[5] = 4  # all in front: does not count
+    kept = {"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}
+    model = SimpleNamespace(config=SimpleNamespace(depth=2))
+    more = dict(model=model, home=tmp_path, grid=(8, 8), mask=labels.view(6, 8, 8))  # a patch is a pixel
+    n = analyze.foreground_numbers(kept, subject(**more))
     assert n["auc_cls"] == [1, 0] and n["auc_pc"][0] == 1 and 0.5 <= n["auc_pc"][1] < 0.6
-    one_class = analyze.foreground_numbers({"patches": [x], "cosine": [cosine]}, torch.zeros(6, 64).long(), (0, 1))
+    one_class = analyze.foreground_numbers(kept, subject(**more | {"mask": torch.zeros(6, 8, 8).long()}))
     assert math.isnan(one_class["auc_cls"][0])
+    voc = subject(**more)
+    voc.args.data, voc.args.background = "voc", None  # there, only class 0 is behind
+    assert 0.5 < analyze.foreground_numbers(kept, voc)["auc_cls"][0] < 0.9
+    voc.args.background = (0, 3)
+    assert analyze.foreground_numbers(kept, voc)["auc_cls"][0] == 1
 
 
 def test_probes_are_read_from_eval_json(tmp_path):
     def result(miou, layer):
         return {"miou": miou, "protocol": {"layer": layer}}
 
-    (tmp_path / "eval.json").write_text(json.dumps({
+    model = SimpleNamespace(config=SimpleNamespace(depth=3))
+    run, file = subject(home=tmp_path, model=model), tmp_path / "eval.json"
+    assert all(map(math.isnan, analyze.probes(run)))
+    file.write_text(json.dumps({
         "teacher scenes tasks=seg,depth": result(30.0, None), "teacher scenes tasks=seg layer=2": result(20.0, 2),
         "teacher scenes layer=1 seed=3": result(9.0, 1), "untrained scenes layer=1": result(8.0, 1),
         "teacher voc layer=1": result(7.0, 1), "teacher scenes tasks=knn layer=1": {"knn": 5.0, "protocol": {"layer": 1}}}))
-    found = analyze.probes(tmp_path, "teacher", "scenes", "", 3)
+    found = analyze.probes(run)
     assert math.isnan(found[0]) and found[1:] == [20, 30]
-    assert all(map(math.isnan, analyze.probes(tmp_path / "none", "teacher", "scenes", "", 2)))
-    (tmp_path / "eval.json").write_text(json.dumps({"teacher pairs nyu layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
-    assert analyze.probes(tmp_path, "teacher", "pairs", "at/nyu", 1) == [7]
-    (tmp_path / "eval.json").write_text("{")
+    file.write_text(json.dumps({"teacher pairs nyu layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
+    run.args.data, run.args.root = "pairs", "at/nyu"
+    assert analyze.probes(run)[0] == 7
+    file.write_text("{")
     with pytest.raises(ValueError, match="eval.json is damaged"):
-        analyze.probes(tmp_path, "teacher", "scenes", "", 3)
+        analyze.probes(run)
 
 
 def test_degradation_finds_the_peak(tmp_path):
     values = [(100, 20.0, 1.9, 30.0), (200, 26.0, 1.5, 31.0), (300, 24.5, 1.6, 35.0)]
     lines = [{"step": s, "miou": m, "rmse": r, "knn": k} for s, m, r, k in values]
     lines.insert(1, {"step": 150, "loss": 3.0})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    d = analyze.degradation(tmp_path)
+    run, log = subject(home=tmp_path), tmp_path / "log.jsonl"
+    with pytest.raises(ValueError, match="public weights have none"):
+        analyze.degradation({}, run)
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    d = analyze.degradation({}, run)
     assert (d["miou"]["best"], d["miou"]["best_step"], d["miou"]["last"], d["miou"]["lost"]) == (26, 200, 24.5, 1.5)
     assert d["rmse"]["best"] == 1.5 and d["rmse"]["lost"] == pytest.approx(0.1)  # lower is better
     assert d["knn"]["lost"] == 0 and d["knn"]["steps"] == [100, 200, 300]
+    log.write_text(json.dumps(lines[1]))
     with pytest.raises(ValueError, match="no online probe; train with --probe-every"):
-        analyze.degradation(tmp_path / "none")
+        analyze.degradation({}, run)
 
 
 def test_components_are_the_axes_of_largest_variance():
@@ -295,6 +321,7 @@ def test_colours_are_in_the_first_models_order_and_signs():
     fine = x.view(3, 4, 4, 6).repeat_interleave(2, 1).repeat_interleave(2, 2).view(3, 64, 6)
     (a, b, c, d), shares = analyze.rgb([x, turned, other, fine], [(4, 4), (4, 4), (4, 4), (8, 8)], False)
     assert a.shape == b.shape == (3, 3, 4, 4) and d.shape == (3, 3, 8, 8) and a.min() == 0 and a.max() == 1
+    assert ((a > 0) & (a < 1)).float().mean() > 0.9  # the whole range is used, and only 1 % at an end is cut
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     torch.testing.assert_close(a, c, atol=1e-4, rtol=0)
     torch.testing.assert_close(a, torch.nn.functional.avg_pool2d(d, 2), atol=0.05, rtol=0)  # quantiles differ a little
@@ -305,15 +332,17 @@ def test_colours_are_in_the_first_models_order_and_signs():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_foreground_is_what_the_border_has_less_of(sign):
+    torch.manual_seed(0)
     inside = torch.zeros(4, 4)
     inside[1:3, 1:3] = 1
     x = (sign * 9 * inside.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 16, 4))
-    assert torch.equal(analyze.foreground(x, 4, 4), inside.flatten().bool().expand(2, -1))
+    assert torch.equal(analyze.inner_side(x, 4, 4), inside.flatten().bool().expand(2, -1))
     wide = torch.zeros(3, 5)
     wide[1, 1:4] = 1
     y = sign * 9 * wide.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 15, 4)
-    assert torch.equal(analyze.foreground(y, 3, 5), wide.flatten().bool().expand(2, -1))
-    colour, = analyze.rgb([x], [(4, 4)], True)[0]
+    assert torch.equal(analyze.inner_side(y, 3, 5), wide.flatten().bool().expand(2, -1))
+    (colour,), (share,) = analyze.rgb([x], [(4, 4)], True)
+    assert share[0] < 95  # of what is left inside, where the large component is the same everywhere
     shown = colour[:, :, 1:3, 1:3]  # scaled by what is shown, not by what is black
     assert shown.amin() == 0 and shown.amax() == 1 and shown.std() > 0.2
     assert (colour[:, :, 0] == 0).all() and (colour[:, :, 1:3, 1:3].amax(1) > 0).all()
@@ -333,25 +362,45 @@ def trained(tmp_path_factory):
 
 
 def test_everything_of_two_runs(trained, capsys, monkeypatch):
-    monkeypatch.setattr(analyze, "cost", lambda *_: {"plain": dict.fromkeys(
-        ("parameters", "gflops_counted", "gflops", "kept_mib", "rounds", "forward_ms", "step_ms"), 1.0)
-        | {"forward_ratio": [1, 1, 1], "step_ratio": [1, 1, 1]}})
+    monkeypatch.setattr(analyze, "VARIANTS", {"plain": {}})
     analyze.main([str(trained / "plain"), str(trained / "spec"), "--pictures", "4", "--out", str(trained / "both")])
     text, saved = capsys.readouterr().out, json.loads((trained / "both" / "analysis.json").read_text())
     assert saved.keys() == set(analyze.WHAT)
-    assert all(saved[w]["models"].keys() == {"plain", "spec"} for w in set(analyze.WHAT) - {"degradation", "cost"})
+    assert all(saved[w]["models"].keys() == {"plain", "spec"} for w in set(analyze.WHAT) - {"degradation"})
     assert saved["pca"]["made"]["versions"]["torch"] and saved["pca"]["made"]["pictures"] == {"plain": 4, "spec": 4}
     assert len(saved["attention"]["models"]["spec"]["support"]) == 12
-    assert all(f"\n{w}: plain" in text for w in ("cosines", "dimensions", "norms", "attention", "foreground"))
-    assert "best   22.000 at step 2" in text and "degradation: left out" in text and "no online probe" in text
-    sheet = Image.open(trained / "both" / "pca.png")
-    assert sheet.size == (2 + 3 * 130, 14 + 2 + 4 * 130)
-    figures = {f"{w}.png" for w in (*analyze.WHAT, "gains")}
+    assert len(saved["pca"]["models"]["spec"]["share"]) == 3
+    assert all(f"\n{w}: plain" in text for w in analyze.WHAT)
+    assert "degradation: left out of spec" in text and "no online probe" in text and "nan" not in text
+    assert Image.open(trained / "both" / "pca.png").size == (96 + 4 * 116, 3 * 116 + 4)
     made = {f.name for f in (trained / "both").glob("*.png")}
     if importlib.util.find_spec("matplotlib"):
-        assert made == figures and "no matplotlib" not in text
+        drawn = set(analyze.WHAT) - {"cost"} | {"gains"}
+        assert made == {f"{w}.png" for w in drawn} and "without matplotlib" not in text
     else:
         assert made == {"pca.png"} and "python -m pip install matplotlib" in text
+
+
+def test_a_table_has_its_words_above_its_numbers(capsys):
+    attention = {"entropy": [[1.0, 2.0]], "cls_entropy": [[math.nan, math.nan]], "support": [[17.0, 17.0]],
+                 "cls_support": [[17.0, 16.0]], "distance": [1.25], "to_cls": [5.0], "to_registers": [0.0], "to_bias": [0.0]}
+    analyze.table("attention", "mine", attention)
+    model, titles, labels, block = capsys.readouterr().out.splitlines()[1:]
+    assert model == "attention: mine" and block.split() == "block 1 1.500 - 17 16 1.25 5.00 0.00 0.00".split()
+    for word, number in (("patches", "1.500"), ("how far", "1.25"), ("[CLS]", "-"), ("bias", "0.00")):
+        at = labels.rindex(word) if word == "bias" else labels.index(word)
+        assert block[: at + len(word)].endswith(number)
+    analyze.table("dimensions", "mine", {key: [0.5, 0.25] for key in analyze.BLOCKS["dimensions"]})
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[4:]] == [["block", "1"], ["final", "norm"]]
+
+
+def test_what_is_the_same_everywhere_is_not_drawn():
+    flat, line = {"a": [0.0, 0.0], "b": [0.0, 0.0]}, {"a": [0.0, 0.0], "b": [1.0, 2.0]}
+    assert analyze.curves(["a", "b"], {"m": flat}) == [] == analyze.curves(["c"], {"m": flat})
+    assert analyze.curves(["a"], {"m": {"a": [257.0, 256.9999]}}) == [] == analyze.curves(["a"], {"m": {"a": [math.nan]}})
+    assert [(i, j) for i, j, *_ in analyze.curves(["a", "b"], {"m": flat, "n": line})] == [(0, 0), (1, 0), (1, 1)]
+    found = {"miou": {"steps": [5, 10], "values": [1.0, 2.0]}}
+    assert analyze.curves(["miou"], {"m": found}) == [(0, 0, [5, 10], [1.0, 2.0])]
 
 
 def test_what_is_of_a_run_is_in_its_folder(trained):
@@ -377,74 +426,92 @@ def test_class_attention_has_no_cls_at_first(tmp_path):
 
 def test_models_of_two_sizes(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(clsspec.SIZES, "tiny", (48, 3, 3, 4))
+    monkeypatch.setattr(analyze, "VARIANTS", {"plain": {}})
     train.main(QUICK + ["--size", "tiny", "--patch", "4", "--out", str(tmp_path / "tiny")])
-    train.main(QUICK + ["--image-size", "24", "--out", str(tmp_path / "low")])  # positions of another shape
-    sizes = []
-    monkeypatch.setattr(analyze, "cost", lambda given, side, *_: sizes.append((list(given), side)) or {
-        k: dict.fromkeys(("parameters", "gflops_counted", "gflops", "kept_mib", "rounds", "forward_ms", "step_ms"), 1.0)
-        | {"forward_ratio": [1, 1, 1], "step_ratio": [1, 1, 1]} for k in ("plain", *given)})
-    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), str(trained / "spec"), str(tmp_path / "low"), "--what",
-                  "attention,pca,cost", "--pictures", "2", "--image-size", "32", "--out", str(tmp_path / "both")])
-    assert sizes == [(["plain", "spec"], 32), (["tiny"], 32), (["low"], 32)]
+    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), "--what", "attention,pca,cost", "--pictures", "2",
+                  "--image-size", "32", "--out", str(tmp_path / "both")])
     saved = json.loads((tmp_path / "both" / "analysis.json").read_text())
-    pca = saved["pca image_size=32"]["made"]
-    assert pca["grids"] == {"plain": [4, 4], "tiny": [8, 8], "spec": [4, 4], "low": [4, 4]}
-    assert saved["cost"]["models"].keys() == {"plain", "tiny", "low"} and pca["pictures"]["tiny"] == 2
+    pca, cost = saved["pca image_size=32"]["made"], saved["cost"]["models"]
+    assert pca["grids"] == {"plain": [4, 4], "tiny": [8, 8]} and pca["pictures"]["tiny"] == 2
+    assert cost["plain"]["this model"] == cost["plain"]["plain"] != cost["tiny"]["this model"]
     assert "attention does not compare" in capsys.readouterr().out
+
+
+def test_two_runs_of_one_name(trained, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "last.pt").write_bytes((trained / "plain" / "last.pt").read_bytes())
+    analyze.main([str(trained / "plain"), str(tmp_path / "plain"), "--what", "norms", "--pictures", "2"])
+    saved = json.loads((tmp_path / "plain" / "analysis.json").read_text())["norms"]["models"]
+    assert saved.keys() == {f"{tmp_path.name}/plain"}
+    assert "norms, mean over blocks of 2 pictures" in analyze.numbers_of(tmp_path / "plain")
 
 
 def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, capsys):
     torch.save(clsspec.load(trained / "plain" / "last.pt").state_dict(), tmp_path / "dino.pth")
     for i in range(3):
         Image.new("RGB", (40 + i, 50), (i * 80, 9, 9)).save(tmp_path / f"{i}.png")
-    analyze.main([str(tmp_path / "dino.pth"), "--what", "cosines,foreground,degradation,pca", "--data", str(tmp_path),
-                  "--image-size", "32", "--network", "student", "--out", str(tmp_path)])
+    flags = [str(tmp_path / "dino.pth"), "--image-size", "32", "--network", "student", "--out", str(tmp_path)]
+    analyze.main(flags + ["--what", "cosines,foreground,degradation,pca", "--data", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "cosines: dino" in text and "it wants masks" in text and "no online probe" in text
+    assert "cosines: dino" in text and "it wants masks" in text and "public weights have none" in text
     saved = json.loads((tmp_path / "analysis.json").read_text())
     on = f"student {tmp_path.name} image_size=32"
-    assert saved.keys() == {f"cosines {on}", f"pca {on}"} and Image.open(tmp_path / "pca.png").size == (2 + 2 * 130, 16 + 3 * 130)
+    assert saved.keys() == {f"cosines {on}", f"pca {on}"}
+    assert Image.open(tmp_path / "pca.png").size == (96 + 3 * 116, 2 * 116 + 4)
     assert saved[f"pca {on}"]["made"]["pictures"] == {"dino": 3}
-    analyze.main([str(tmp_path / "dino.pth"), "--what", "norms,", "--data", str(tmp_path / "1.png").replace("1.png", ""),
-                  "--image-size", "32", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "analysis.json").read_text()).keys() - saved.keys() == {f"norms {tmp_path.name} image_size=32"}
+    analyze.main(flags + ["--what", "norms", "--data", str(tmp_path), "--pictures", "2"])
+    assert json.loads((tmp_path / "analysis.json").read_text())[f"norms {on}"]["made"]["pictures"] == {"dino": 2}
+    (tmp_path / "some.txt").write_text("1.png\n2.png\n")
+    for data, n in (("some.txt", 2), ("0.png", 1)):
+        analyze.main(flags + ["--what", "norms,", "--data", str(tmp_path / data)])
+        saved = json.loads((tmp_path / "analysis.json").read_text())
+        assert saved[f"norms student {data} image_size=32"]["made"]["pictures"] == {"dino": n}
 
 
-def test_masks_of_a_set_on_disk(trained, tmp_path, capsys):
+def test_masks_of_a_set_on_disk(trained, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down: the mask is not, so neither may be the picture
     for split in ("train", "val"):
         for kind in ("images", "masks"):
             (tmp_path / kind / split).mkdir(parents=True)
         for i in range(2):
-            Image.effect_noise((48, 40), 50).convert("RGB").save(tmp_path / "images" / split / f"{i}.png")
             mask = Image.new("L", (48, 40), 0)
-            mask.paste(1, (0, 0, 24, 40))
+            mask.paste(1, (0, 0, 24, 20))
+            mask.point([0, 255] + [0] * 254).convert("RGB").save(tmp_path / "images" / split / f"{i}.png", exif=turned)
             mask.save(tmp_path / "masks" / split / f"{i}.png")
-    analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
-                  "--image-size", "32", "--out", str(tmp_path)])
+    flags = [str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path), "--image-size", "32"]
+    img, mask = analyze.pictures(analyze.parse(flags), 32)
+    assert img.shape == (2, 3, 32, 32) and mask.shape == (2, 32, 32)
+    assert ((img[:, 0] > 127) == (mask == 1)).float().mean() > 0.95 and (mask[:, :14, :14] == 1).all()
+    analyze.main(flags + ["--out", str(tmp_path)])
     on = f"foreground pairs {tmp_path.name} image_size=32"
     numbers = json.loads((tmp_path / "analysis.json").read_text())[on]["models"]["plain"]
     assert len(numbers["auc_pc"]) == 12 and all(0.5 <= v <= 1 for v in numbers["auc_pc"])
-    analyze.main([str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path),
-                  "--image-size", "32", "--out", str(tmp_path), "--background", "0,1"])
+    analyze.main(flags + ["--out", str(tmp_path), "--background", "0,1"])
     saved = json.loads((tmp_path / "analysis.json").read_text())[f"{on} background=0,1"]
     assert saved["models"]["plain"]["auc_pc"] == [None] * 12 and saved["made"]["root"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
-    (["nowhere"], "no checkpoint at nowhere"), (["x", "--device", "cuda"], "torch sees no GPU here"),
-    (["x", "--compare", "a", "b"], "--compare and nothing else"),
-    (["x", "--what", "cost,size"], "unknown size")])
-def test_errors_say_what_to_do(flags, words):
+    (["x", "--device", "cuda"], "torch sees no GPU here"), (["x", "--compare", "a", "b"], "--compare and nothing else"),
+    (["x", "--what", "cost,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
+    (["x", "--background", "0,sky"], "--background"), (["x", "--background", "300"], "--background"),
+    (["x", "--seconds", "3"], "--seconds")])
+def test_flags_are_refused_by_the_parser(flags, words, capsys):
     if "cuda" in flags and torch.cuda.is_available():
         return
-    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+    with pytest.raises(SystemExit, match="2"):
         analyze.main(flags)
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and words in text and text.count("\n") == 1
 
 
-def test_errors_of_pictures(trained, tmp_path):
+def test_errors_say_what_to_do(trained, tmp_path):
     model = str(trained / "plain")
-    with pytest.raises(SystemExit, match="neither scenes, voc or pairs, nor a folder with pictures"):
+    with pytest.raises(SystemExit, match="error: no checkpoint at nowhere"):
+        analyze.main(["nowhere"])
+    with pytest.raises(SystemExit, match="neither 'scenes', nor a folder, nor a file of paths"):
         analyze.main([model, "--data", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="--image-size 33 is no multiple of 8, the patch of plain; try 32"):
         analyze.main([model, "--what", "cosines", "--image-size", "33"])
@@ -456,10 +523,130 @@ def test_errors_of_pictures(trained, tmp_path):
         analyze.main([str(trained / "spec"), "--what", "degradation"])
 
 
-def test_numbers_are_json_that_anyone_can_read():
-    assert json.dumps(analyze.tidy({"a": [math.nan, 1.23456789, 3, (0.1,)], "b": "x"})) == '{"a": [null, 1.2346, 3, [0.1]], "b": "x"}'
-
-
 def test_the_docstring_has_a_paragraph_for_every_output():
     first_words = Counter(line.split()[0] for line in analyze.__doc__.splitlines() if line and line[0] != " ")
     assert all(first_words[w] == 1 for w in analyze.WHAT)
+
+
+# --- cost ---------------------------------------------------------------------------------------------
+
+
+def test_memory_kept_grows_with_the_batch_and_leaves_out_weights():
+    model = clsspec.ViT(clsspec.config("nano", **TINY))
+    one, four = (analyze.kept_mib(model, torch.randn(b, 3, 32, 32)) for b in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.05)
+    tokens, width = 17, 32
+    assert 15 < one * 2**20 / (4 * 3 * tokens * width) < 40  # numbers a block, token and dimension
+
+
+def test_cost_of_every_variant():
+    cfg = clsspec.config("nano", **TINY, spec=("qkv",), spec_rank=2, drop_path=0.5)
+    s = subject(model=clsspec.ViT(cfg), img=torch.zeros(2, 3, 32, 32), name="mine")
+    found = analyze.cost({}, s)
+    assert found.keys() == {*analyze.VARIANTS, "this model"}
+    plain = clsspec.ViT(clsspec.config("nano", **TINY))
+    assert found["plain"]["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert found["plain"]["kept_mib"] == pytest.approx(analyze.kept_mib(plain, torch.zeros(1, 3, 32, 32)), rel=0.05)
+    added = {name: n["parameters"] - found["plain"]["parameters"] for name, n in found.items()}
+    assert added["this model"] == 2 * (32 + 96)  # a rank of two in one block of three
+    assert added["norms"] == 3 * (4 + 2) * 32 and added["norms, qkv in a third"] - added["norms"] == 33 * 96
+    assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
+    assert found["entmax15"]["kept_mib"] > found["plain"]["kept_mib"] > found["class attention, 2 blocks"]["kept_mib"]
+
+
+def test_cost_says_what_the_paper_says(trained, capsys):
+    analyze.main([str(trained / "spec"), "--what", "cost"])
+    text = capsys.readouterr().out
+    assert "8 of 24 blocks: +8.3% parameters" in text and "python train.py --spec norms,qkv --bench" in text
+    lines = {line[:30].strip(): line[30:].replace(" %", "").split() for line in text.splitlines()}
+    assert lines["plain"][1::2] == ["+0.0"] * 3 and float(lines["norms, qkv in a third"][1]) == pytest.approx(8.6, abs=0.1)
+
+
+# --- two groups of runs -------------------------------------------------------------------------------
+
+
+def test_interval_by_hand():
+    a, b = torch.tensor([30.0, 31, 32]).double(), torch.tensor([31.0, 33, 32]).double()
+    r = analyze.interval(a, b)  # differences 1, 2, 0: mean 1, standard deviation 1; t of 2 degrees of freedom 4.303
+    assert (r["a"], r["b"], r["difference"], r["n"]) == (31, 32, 1, 3)
+    assert r["high"] - 1 == pytest.approx(4.303 / math.sqrt(3)) == 1 - r["low"]
+    assert math.isnan(analyze.interval(a[:1], b[:1])["low"])
+    assert len(analyze.T95) == 30 and list(analyze.T95) == sorted(analyze.T95, reverse=True)
+    assert (analyze.T95[0], analyze.T95[4], analyze.T95[9], analyze.T95[29]) == (12.706, 2.571, 2.228, 2.042)
+    many = torch.tensor([-1.0, 1.0]).double().repeat(50)
+    assert analyze.interval(0 * many, many)["high"] == pytest.approx(2.042 * many.std().item() / 10)
+
+
+def runs(folder, name, results, key="teacher scenes"):
+    for seed, metrics in results.items():
+        (folder / f"{name}-{seed}").mkdir()
+        (folder / f"{name}-{seed}" / "config.json").write_text(json.dumps({"args": {"seed": seed}}))
+        (folder / f"{name}-{seed}" / "eval.json").write_text(json.dumps({key: metrics, f"only {name}": metrics}))
+
+
+def test_compare_pairs_seeds_and_says_when_zero_is_inside(tmp_path, capsys):
+    runs(tmp_path, "a", {s: {"miou": 30 + s, "rmse": 1.5, "knn": 40 + s} for s in (0, 1, 2, 7)})
+    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2, 8)})
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    text = capsys.readouterr().out
+    assert "paired over seeds [0, 1, 2], without [7, 8]" in text and "only" not in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("    ")}
+    assert lines["miou"].endswith("better") and "+2.033" in lines["miou"]
+    assert lines["rmse"].endswith("worse") and lines["knn"].endswith("no difference measured: the interval contains zero")
+    saved = json.loads((tmp_path / "analysis.json").read_text())
+    (key, found), = saved.items()
+    assert not any("*" in str(f.name) for f in tmp_path.iterdir())
+    assert key.startswith("compare ") and found["results"]["teacher scenes"]["miou"]["n"] == 3 and found["made"]["command"]
+
+
+def test_compare_says_in_what_runs_differ(tmp_path, capsys):
+    for name, spec in (("a", []), ("b", ["norms"])):
+        runs(tmp_path, name, {s: {"miou": 30 + s} for s in (0, 1)})
+        for s in (0, 1):
+            args = {"seed": s, "spec": spec, "out": f"{name}-{s}", "steps": 4 + (name == "b" and s)}
+            (tmp_path / f"{name}-{s}" / "config.json").write_text(json.dumps({"args": args, "threads": 1 + (name == "b")}))
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert capsys.readouterr().out.splitlines()[0].endswith("seeds [0, 1]; runs differ in: spec, steps, threads")
+
+
+def test_compare_says_what_is_missing(tmp_path):
+    runs(tmp_path, "a", {0: {"miou": 1}})
+    runs(tmp_path, "b", {1: {"miou": 1}})
+    both = ["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")]
+    with pytest.raises(SystemExit, match=r"no pairs: seeds of .* are \[0\], of .* \[1\]"):
+        analyze.main(both)
+    runs(tmp_path, "b", {0: {"miou": 1}}, "teacher voc")
+    with pytest.raises(SystemExit, match="2 runs share no number: .* first has teacher scenes, only a, the last teacher voc"):
+        analyze.main(both)
+    (tmp_path / "a-0" / "eval.json").write_text("{")
+    with pytest.raises(SystemExit, match="a-0/eval.json is damaged"):
+        analyze.main(both)
+    (tmp_path / "a-0.txt").write_text("a log, not a run")
+    runs(tmp_path, "b-again", {0: {"miou": 1}})
+    with pytest.raises(SystemExit, match="b-.* has two runs of seed 0"):
+        analyze.main(["--compare", str(tmp_path / "b-0"), str(tmp_path / "b-*")])
+    (tmp_path / "a-0" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="a-0/config.json names no seed"):
+        analyze.main(both)
+
+
+def test_compare_knows_what_was_analysed(tmp_path, capsys):
+    for name, more in (("a", 0.0), ("b", 0.25)):
+        runs(tmp_path, name, {s: {"miou": 1.0} for s in (0, 1)})
+        for s in (0, 1):
+            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7], [None, None]], "x": [1.0]}
+            (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": {
+                "models": {f"{name}-{s}": numbers, "beside": {"before norm cls_patch": [9.0]}}, "made": {"pictures": {"beside": 8}}}}))
+    found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks of 8 pictures"]
+    assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}
+    assert found["before norm cls_patch"]["a"] == pytest.approx(0.2) and found["after norm patch_patch"]["b"] == pytest.approx(0.6)
+    assert found["before norm cls_patch"]["difference"] == pytest.approx(0.25)
+    everything = json.loads((tmp_path / "b-1" / "eval.json").read_text())
+    for k, metrics in everything.items():
+        del metrics["miou"]
+        metrics["absrel"] = 0.2
+    (tmp_path / "b-1" / "eval.json").write_text(json.dumps(everything))  # one run lacks one, has another
+    assert "teacher scenes" not in analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]
+    assert {"rmse", "absrel"} == analyze.LOWER
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "a difference" in capsys.readouterr().out

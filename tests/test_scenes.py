@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
-from eval_dense import SCENE_CLASSES, SPLITS, Scenes
+import scenes
+from scenes import CLASSES, SPLITS, Scenes
 
 F64 = torch.float64
 
@@ -121,7 +123,7 @@ def test_types_ranges_and_label():
     assert picture.mean(1).min() > 30 and picture.std(1).min() > 8
     most = torch.stack([(mask == c).flatten(1).float().mean(1) for c in range(10)]).amax(0)
     assert most.max() < 0.85
-    assert world.classes == SCENE_CLASSES and len(world.classes) == 10 and len(world.labels) == 6
+    assert world.classes == CLASSES and len(world.classes) == 10 and len(world.labels) == 6
 
 
 def test_ground_depth_is_height_over_slope():
@@ -160,3 +162,37 @@ def test_errors():
     for bad in (-1, Scenes.span):
         with pytest.raises(ValueError, match=f"got {bad}"):
             Scenes()(torch.tensor([0, bad]))
+
+
+# --- sheets ------------------------------------------------------------------------------------------
+
+
+def test_colours_of_classes_and_depth():
+    tile = scenes.paint_classes(torch.tensor([[0, 1], [9, 255]]), 10)
+    assert tile.shape == (3, 2, 2) and (tile[:, 1, 1] == 0).all()  # ignored: black
+    assert len({tuple(c) for c in tile.flatten(1).T.tolist()}) == 4
+    near, far, none = scenes.paint_depth(torch.tensor([[0.01, 20.0, 0.0]]), 20.0)[:, 0].T
+    torch.testing.assert_close(near, scenes.DEPTH_COLOURS[0], atol=1e-2, rtol=0)
+    torch.testing.assert_close(far, scenes.DEPTH_COLOURS[-1], atol=1e-2, rtol=0)
+    assert (none == 0).all()
+
+
+def test_a_sheet_has_its_tiles_titles_and_legends(tmp_path, monkeypatch):
+    rows = {"picture": [torch.ones(3, 8, 8) * torch.tensor([1.0, 0, 0])[:, None, None]] * 3, "true depth": [torch.zeros(3, 8, 16)]}
+    words = []
+    real = scenes.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(scenes.ImageDraw.ImageDraw, "text", lambda self, at, word, *rest: words.append(word) or real(self, at, word, *rest))
+    scenes.sheet(tmp_path / "a.png", rows, ("sky", "grass"), 7.5, side=32)
+    assert words == ["picture", "true", "depth", "sky", "grass", "0 m", "7.5 m; black: no depth"]
+    with Image.open(tmp_path / "a.png") as page:
+        assert page.getpixel((96 + 16, 4 + 16)) == (255, 0, 0) and page.getpixel((96 + 16, 40 + 16)) == (0, 0, 0)
+
+
+def test_the_command_draws_the_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes.sys, "argv", ["scenes.py", str(tmp_path / "sheet.png")])
+    scenes.main()
+    with Image.open(tmp_path / "sheet.png") as page:
+        assert page.width > 8 * 112 and len(page.getcolors(1 << 20)) > 1000
+    monkeypatch.setattr(scenes.sys, "argv", ["scenes.py"])
+    with pytest.raises(SystemExit, match="python scenes.py scenes.png"):
+        scenes.main()

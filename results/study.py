@@ -1,388 +1,515 @@
-"""The study that results/STUDY.md plans: train, judge and measure a list of (data, arm, seed).
+"""The study of results/STUDY.md: train, judge and measure a list of runs, then compare them.
 
-    python results/study.py --list                        # the runs, in their order, and what is done
-    python results/study.py --minutes 60 --workers 2      # go on with the list for an hour, two at once
-    python results/study.py --minutes 10 --nyu path/to/nyu --tiny path/to/tiny_imagenet
-    python results/study.py --minutes 10 --workers 3 --scale small             # ViT-S/16, with a GPU
-    python results/study.py --tables --lines results/study.jsonl               # the published runs; without --lines, yours
-    python results/study.py --draw --lines results/study.jsonl                 # the same as pictures, beside that file
+    python results/study.py --list                      # the runs in their order, what is done
+    python results/study.py --minutes 60 --workers 2    # go on for an hour, two runs at once
+    python results/study.py --minutes 60 --scale small  # the same with ViT-S/16, for a GPU
+    python results/study.py --tiny path/to/tiny_imagenet --nyu path/to/nyu   # real pictures, too
+    python results/study.py --tables --lines results/study.jsonl   # the published runs, in tables
+    python results/study.py --draw --lines results/study.jsonl     # and in pictures beside them
 
-What is done is skipped; at the time limit, or at Ctrl-C, a run saves its checkpoint, and the next call
-goes on with it. Every finished run is a line of ROOT/study.jsonl: command, versions, all numbers, the
-log's probes. A command that fails is written down there too, and not tried again (unless --retry).
+What is done is skipped. At the time limit, or at Ctrl-C, a run saves its checkpoint and the next
+call goes on with it. Every finished run is a line of ROOT/study.jsonl: command, versions, all
+numbers. A command that fails is written down there too, and tried again only with --retry.
 """
 
 import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import torch
 
-STOP, CHILDREN = threading.Event(), set()  # somebody wants this to end; what is at work
+HOUSE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOUSE))  # so that it runs from any folder
 
-WIDE = {"nano": 4.535, "small": 4.508}  # the MLP's ratio, so that `wide` has as many parameters as qkv4
-HALF = {"nano": 2e-3, "small": 5e-4}  # half of train.py's learning rate
-ARMS = {  # flags of train.py
-    "plain": "", "norms": "--spec norms", "qkv4": "--spec norms,qkv --spec-blocks 4",
-    "wide": "--mlp-ratio {wide}",
-    "qkv2": "--spec norms,qkv --spec-blocks 2", "qkv8": "--spec norms,qkv --spec-blocks 8",
-    "qkv12": "--spec norms,qkv --spec-blocks 12",
-    "rank8": "--spec norms,qkv --spec-blocks 4 --spec-rank 8",
-    "registers": "--registers 4", "registers-qkv4": "--registers 4 --spec norms,qkv --spec-blocks 4",
-    "bias": "--attn-bias", "bias-qkv4": "--attn-bias --spec norms,qkv --spec-blocks 4",
-    "entmax": "--attn entmax15", "classattn": "--class-attn 2", "deit3": "--recipe deit3",
-    "dino": "--recipe dino --steps 6000", "dino-entmax": "--recipe dino --steps 6000 --attn entmax15",
-    "dino-ema": "--recipe dino --steps 6000 --centring ema", "dino-short": "--recipe dino",
-    "plain-half": "--lr {half}", "qkv4-half": "--lr {half} --spec norms,qkv --spec-blocks 4",
+import analyze  # noqa: E402
+from eval_dense import Parser, names, read_json, within, write  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------
+# The list. A run is (data, arm, seed): what it is trained on, which flags are tried, which random
+# numbers it sees. Another question is a few more rows of ARMS and a line of PLAN.
+
+
+class Arm(NamedTuple):
+    flags: str  # of train.py; what stands in braces is in SCALES
+    controls: tuple[str, ...]  # the arms that it is compared with, seed by seed
+    label: str  # what it is, in words
+
+
+SCALES = {  # wide: as many parameters as qkv4; half: of the default rate
+    "nano": {"wide": 4.535, "half": 2e-3},
+    "small": {"wide": 4.508, "half": 5e-4},
+}
+QKV4 = "--spec norms,qkv --spec-blocks 4"  # a third of 12 blocks, the paper's choice
+LONG = "--recipe dino --steps 6000"  # four times the default
+ARMS = {
+    "untrained": Arm("", (), "untrained"),  # no runs of its own: what plain ones are at step 0
+    # Questions 1 to 3: what specialising does; `wide` tells it from having more parameters.
+    "plain": Arm("", (), "plain"),
+    "norms": Arm("--spec norms", ("plain",), "norms"),
+    "qkv4": Arm(QKV4, ("plain", "wide"), "norms, qkv in 4 blocks"),
+    "wide": Arm("--mlp-ratio {wide}", ("plain",), "plain, as many parameters"),
+    # Question 4: in how many blocks?
+    "qkv2": Arm("--spec norms,qkv --spec-blocks 2", ("plain",), "norms, qkv in 2 blocks"),
+    "qkv8": Arm("--spec norms,qkv --spec-blocks 8", ("plain",), "norms, qkv in 8 blocks"),
+    "qkv12": Arm("--spec norms,qkv --spec-blocks 12", ("plain",), "norms, qkv in 12 blocks"),
+    # Question 6: what does it add to registers, to attention bias? So these are the controls.
+    "registers": Arm("--registers 4", ("plain",), "registers"),
+    "registers-qkv4": Arm(f"--registers 4 {QKV4}", ("registers",), "registers, norms, qkv in 4"),
+    "bias": Arm("--attn-bias", ("plain",), "attention bias"),
+    "bias-qkv4": Arm(f"--attn-bias {QKV4}", ("bias",), "attention bias, norms, qkv in 4"),
+    # One seed each, to see that they work.
+    "rank8": Arm(f"{QKV4} --spec-rank 8", ("plain",), "norms, qkv in 4 blocks, rank 8"),
+    "entmax": Arm("--attn entmax15", ("plain",), "entmax-1.5"),
+    "classattn": Arm("--class-attn 2", ("plain",), "class attention"),
+    "deit3": Arm("--recipe deit3", (), "recipe deit3"),  # learns from labels: no control is fair
+    "dino-short": Arm("--recipe dino", (), "dino, 1500 steps"),
+    # Question 5: do dense features of a long run degrade?
+    "dino": Arm(LONG, (), "dino, 6000 steps"),
+    "dino-entmax": Arm(f"{LONG} --attn entmax15", ("dino",), "dino, 6000 steps, entmax-1.5"),
+    "dino-ema": Arm(f"{LONG} --centring ema", (), "dino, 6000 steps, moving centre"),
+    # Does specialising only want another learning rate?
+    "plain-half": Arm("--lr {half}", (), "plain, half the rate"),
+    "qkv4-half": Arm(f"--lr {{half}} {QKV4}", ("plain-half",), "norms, qkv in 4, half the rate"),
 }
 MAIN = "plain", "norms", "qkv4", "wide"
-PLAN = [  # (data, arms, seeds), in the order of the questions; last what STUDY.md added to them
-    *[("scenes", MAIN, [seed]) for seed in (0, 1, 2)],
-    ("scenes", ("rank8", "registers", "bias", "entmax", "classattn", "deit3"), [0]),
-    *[("tiny", MAIN, [seed]) for seed in (0, 1, 2)],
-    *[("scenes", MAIN, [seed]) for seed in (3, 4)],
-    *[("scenes", ("qkv2", "qkv8", "qkv12"), [seed]) for seed in (0, 1, 2)],
-    *[("scenes", ("registers", "registers-qkv4", "bias", "bias-qkv4"), [seed]) for seed in (0, 1, 2)],
-    *[("scenes", ("dino", "dino-entmax"), [seed]) for seed in (0, 1, 2)],
-    ("scenes", ("dino-ema", "dino-short"), [0]),
-    *[("scenes", ("plain-half", "qkv4-half"), [seed]) for seed in (5, 6, 7)],
+PLAN = [  # (data, arms, seeds), in the order of the questions; the last two were added later
+    ("scenes", MAIN, (0, 1, 2)),
+    ("scenes", ("rank8", "registers", "bias", "entmax", "classattn", "deit3"), (0,)),
+    ("tiny", MAIN, (0, 1, 2)),
+    ("scenes", MAIN, (3, 4)),
+    ("scenes", ("qkv2", "qkv8", "qkv12"), (0, 1, 2)),
+    ("scenes", ("registers", "registers-qkv4", "bias", "bias-qkv4"), (0, 1, 2)),
+    ("scenes", ("dino", "dino-entmax"), (0, 1, 2)),
+    ("scenes", ("dino-ema", "dino-short"), (0,)),
+    ("scenes", ("plain-half", "qkv4-half"), (5, 6, 7)),
 ]
+DATA = {"scenes": "Scenes", "tiny": "Tiny ImageNet"}
 
 
-def named(scale: str, data: str, arm: str, seed: int) -> str:
-    """A run's name, and its folder's below --root."""
-    return f"{'' if scale == 'nano' else scale + '-'}{data}-{arm}-{seed}"
+def runs() -> list[tuple[str, str, int]]:
+    """Every (data, arm, seed), once. Seed by seed, so that the first pairs are there early."""
+    every = [(data, arm, seed) for data, arms, seeds in PLAN for seed in seeds for arm in arms]
+    return list(dict.fromkeys(every))
 
 
-def names() -> list[tuple[str, str, int]]:
-    runs = [(data, arm, seed) for data, arms, seeds in PLAN for seed in seeds for arm in arms]
-    return list(dict.fromkeys(runs))
+def name_of(scale: str, data: str, arm: str, seed: int) -> str:
+    """A run's name, and that of its folder below --root."""
+    name = f"{data}-{arm}-{seed}"
+    return name if scale == "nano" else f"{scale}-{name}"
 
 
 def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[str]]:
-    """{stage: command}, each of them made again at no harm; judging on NYU last, as it may be left out."""
+    """{stage: command} of a run. Each can be done again at no harm."""
     resume = "--resume" if (run / "last.pt").exists() else "--overwrite"
+    flags = ARMS[arm].flags.format(**SCALES[args.scale]).split()
     pictures = ["--data", str(args.tiny)] if data == "tiny" else []
-    judge, nyu = ["eval_dense.py", str(run)], ["--data", "pairs", "--root", str(args.nyu)]
-    untrained = ["--network", "untrained"]
-    flags = ARMS[arm].format(wide=WIDE[args.scale], half=HALF[args.scale]).split()
-    out = {"train": ["train.py", "--scale", args.scale, *flags, "--seed", str(seed), *pictures, "--no-probe",
-                     "--save-every", "50", "--out", str(run), resume], "scenes": judge}
-    if (data, arm) == ("scenes", "plain"):
-        out["untrained"] = judge + untrained
-    inside = ["analyze.py", str(run), "--pictures", "256", "--what"]
-    out["inside"] = inside + ["cosines,dimensions,norms"]
-    if data == "tiny":  # of pictures like those that it has learnt from, too
-        out["inside tiny"] = inside + ["cosines", "--data", str(args.tiny)]
+    judge = ["eval_dense.py", str(run)]
+    measure = ["analyze.py", str(run), "--pictures", "256", "--what"]
+    nyu = judge + ["--data", "pairs", "--root", str(args.nyu)]
+    train = ["train.py", "--scale", args.scale, *flags, "--seed", str(seed), *pictures,
+             "--no-probe",  # the next stage judges
+             "--save-every", "50",  # so that little is lost at the time limit
+             "--out", str(run), resume]
+    out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions,norms"]}
+    if data == "tiny":  # `inside` is of Scenes; this is of pictures like those it has learnt from
+        out["inside tiny"] = measure + ["cosines", "--data", str(args.tiny)]
     if args.nyu:
-        out["nyu"] = judge + nyu
-    if args.nyu and (data, arm) == ("scenes", "plain"):
-        out["nyu untrained"] = judge + nyu + untrained
+        out["nyu"] = nyu
+    if (data, arm) == ("scenes", "plain"):  # all arms of a seed begin like this one
+        out["untrained"] = judge + ["--network", "untrained"]
+        if args.nyu:
+            out["nyu untrained"] = nyu + ["--network", "untrained"]
     return out
 
 
-def keep(file: Path, state: dict) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(state))
-    file.with_suffix(".tmp").replace(file)
+# --------------------------------------------------------------------------------------------------
+# Working through the list.
+
+STOP = threading.Event()  # set by Ctrl-C and the like: somebody wants this to end
 
 
-def leave(*_) -> None:
-    """Ctrl-C or SIGTERM: train.py saves, the rest is lost, and nothing more is begun."""
-    STOP.set()
-    for child in list(CHILDREN):
-        child.terminate()
+def state_of(run: Path) -> dict:
+    """What is done: {"minutes": {stage: minutes}, "before": {stage: minutes so far, of one that was
+    cut short}, "failed": {stage: its last words}}."""
+    return {"minutes": {}, "before": {}, "failed": {}} | read_json(run / "study.json")
+
+
+def call(command: list[str], log: Path, end: float) -> int:
+    """Run one command until it ends, the time is up or STOP is set. Returns its exit code."""
+    with open(log, "a") as out:
+        child = subprocess.Popen([sys.executable, *command], cwd=HOUSE, stdout=out, stderr=out)
+    while child.poll() is None and time.time() < end and not STOP.wait(0.1):
+        pass
+    child.terminate()  # train.py saves a checkpoint first; one that has ended feels nothing
+    return child.wait()
 
 
 def work(args, end: float, data: str, arm: str, seed: int) -> None:
     """Take one run as far as the time allows."""
-    name = named(args.scale, data, arm, seed)
+    name = name_of(args.scale, data, arm, seed)
     run, log = args.root / name, args.root / f"{name}.txt"
-    file = run / "study.json"
-    state = {"minutes": {}, "before": {}, "failed": {}} | (json.loads(file.read_text()) if file.exists() else {})
-    state["failed"] = {} if args.retry else state["failed"]
+    state = state_of(run)
+    if args.retry:
+        state["failed"] = {}
     for stage, command in stages(args, run, data, arm, seed).items():
         if stage in state["minutes"]:
             continue
         if state["failed"] or STOP.is_set() or time.time() > end:
             return
         start = time.time()
-        with open(log, "a") as out:
-            child = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stdout=out, stderr=out)
-        CHILDREN.add(child)
-        if STOP.is_set():  # while it was being started
-            child.terminate()
-        try:
-            code = child.wait(timeout=max(end - start, 1))
-        except subprocess.TimeoutExpired:
-            child.terminate()  # train.py saves, and then leaves
-            code = child.wait()
-        CHILDREN.remove(child)
+        code = call(command, log, end)
         minutes = (time.time() - start) / 60 + state["before"].pop(stage, 0)
         if code == 0:
-            state["minutes"][stage], said = minutes, f"{minutes:.1f} min"
-        elif STOP.is_set() or code in (-2, -15, 130, 143):
-            state["before"][stage], said = minutes, "is not done, and goes on with the next call"
-        else:
-            state["failed"], said = {stage: log.read_text()[-500:]}, f"FAILED, see {log}"
-        keep(file, state)
+            state["minutes"][stage] = minutes
+            said = f"{minutes:.1f} min"
+        elif STOP.is_set() or time.time() > end:  # we ended it
+            state["before"][stage] = minutes
+            said = "is not done, and goes on with the next call"
+        else:  # it ended by itself: the end of what it said goes into study.jsonl
+            state["failed"] = {stage: log.read_text()[-500:]}
+            said = f"FAILED, see {log}"
+        write(run / "study.json", json.dumps(state))
         print(f"{name}: {stage} {said}", flush=True)
         if code:
             return  # what is not trained to its end is not judged
 
 
-def collect(args) -> None:
-    """Every run that is judged, or failed, as a line of --lines; lines of others stay, and so do those of runs to
-    which nothing was added, whatever has happened to their folders."""
-    import analyze  # not at the top: torch is large, and this process mostly waits
-    lines = {d["run"]: d for d in read(args.lines)} if args.lines.exists() else {}
-    plan = {named(scale, *one): (scale, *one) for scale in WIDE for one in names()}
-    for name, (scale, data, arm, seed) in plan.items():
-        run = args.root / name
-        state = {"minutes": {}, "failed": {}} | analyze.read_json(run / "study.json")
-        minutes = {k: round(v, 1) for k, v in state["minutes"].items()}
-        done = {"train", "scenes", "inside"} <= minutes.keys()
-        if not (done or state["failed"]) or (
-                name in lines and lines[name]["minutes"] == minutes and lines[name]["failed"] == state["failed"]):
-            continue
-        config, log = analyze.read_json(run / "config.json"), run / "log.jsonl"
-        log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        inside = analyze.read_json(run / "analysis.json").get("cosines", {}).get("models", {})
-        command = config.get("command", "").replace(str(args.root), "runs/study")
-        own = config.get("args", {}).get("data", "")
-        if data == "tiny":
-            command = command.replace(own, "path/to/tiny_imagenet")
-        keys = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
-        lines[name] = {
-            "run": name, "scale": scale, "data": data, "arm": arm, "seed": seed,
-            "command": command, **{k: config.get(k) for k in analyze.SETTING}, "minutes": minutes, "failed": state["failed"],
-            "img_per_s": sum(d["img_per_s"] for d in log) / max(len(log), 1),
-            "probes": [{k: d[k] for k in keys if k in d} for d in log if "miou" in d],
-            "results": {k.replace(f"cosines {Path(own).name},", "cosines tiny,"): {m: round(x, 4) for m, x in v.items()}
-                        for k, v in analyze.numbers_of(run).items()},
-            "cosine by block": [round(x, 4) for x in inside.get(name, {}).get("after norm cls_patch", ()) if x is not None]}
-    order = {name: i for i, name in enumerate(plan)}
-    beside = args.lines.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines, key=lambda k: order.get(k, 999))))
-    beside.replace(args.lines)
+def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -> dict:
+    """What a run's files say, as a line of study.jsonl."""
+    state, config = state_of(run), read_json(run / "config.json")
+    log = run / "log.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    keep = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
+    # No path of this machine goes into a line: it may be published.
+    command = config.get("command", "").replace(str(root), "runs/study")
+    pictures = config.get("args", {}).get("data", "")
+    if data == "tiny":
+        command = command.replace(pictures, "path/to/tiny_imagenet")
+    results = {}
+    for result, found in analyze.numbers_of(run).items():
+        result = result.replace(f"cosines {Path(pictures).name},", "cosines tiny,")
+        results[result] = {metric: round(x, 4) for metric, x in found.items()}
+    cosines = read_json(run / "analysis.json").get("cosines", {}).get("models", {})
+    by_block = cosines.get(run.name, {}).get("after norm cls_patch", ())
+    return {
+        "run": run.name, "scale": scale, "data": data, "arm": arm, "seed": seed,
+        "command": command, **{key: config.get(key) for key in analyze.SETTING},
+        "minutes": {stage: round(m, 1) for stage, m in state["minutes"].items()},
+        "failed": state["failed"],
+        "img_per_s": mean(step["img_per_s"] for step in steps) if steps else 0,
+        "probes": [{k: step[k] for k in keep if k in step} for step in steps if "miou" in step],
+        "results": results,
+        # None where a block has no [CLS] yet: class attention
+        "cosine by block": [round(x, 4) for x in by_block if x is not None]}
 
 
-# What an arm is compared with: plain, but where recipe, high-norm strategy or learning rate differ.
-CONTROL = {"dino-entmax": "dino", "registers-qkv4": "registers", "bias-qkv4": "bias", "deit3": None, "dino": None,
-           "dino-ema": None, "dino-short": None, "plain-half": None, "qkv4-half": "plain-half", "plain": None,
-           "untrained": None}
+def collect(root: Path, file: Path) -> None:
+    """Write every run that is judged, or failed, to `file`."""
+    # Lines that are there stay, so that folders may be moved away, or be on other machines.
+    lines = {line["run"]: line for line in read(file)} if file.exists() else {}
+    for scale in SCALES:
+        for one in runs():
+            run = root / name_of(scale, *one)
+            state = state_of(run)
+            if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
+                lines[run.name] = line_of(run, root, scale, *one)
+    write(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
-SHOWN = {"mIoU %": ("teacher scenes", "miou"), "RMSE m": ("teacher scenes", "rmse"),
-         "linear %": ("teacher scenes", "linear"), "k-NN %": ("teacher scenes", "knn"),
-         "NYU mIoU %": ("teacher pairs", "miou"), "NYU RMSE m": ("teacher pairs", "rmse"),
-         "cosine": ("cosines, mean over blocks", "after norm cls_patch")}  # of [CLS] with patches, after norm1
-INSIDE = {"cosine, on Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch"),
-          "overlap of large dimensions, after norm": ("dimensions, mean over blocks", "after norm overlap")} | {
-    f"cosine {who}, {point}": ("cosines, mean over blocks", f"{point} {key}")
-    for point in ("before norm", "after norm", "attention", "after attention")
-    for who, key in (("[CLS]-patch", "cls_patch"), ("patch-patch", "patch_patch"))}
-LATE, MIDDLE = (5000, 5500, 6000), (2500, 3000, 3500)  # steps of the online probes that question 5 compares
-DRIFT = {"mIoU %": ("drift", "miou"), "RMSE m": ("drift", "rmse"), "k-NN %": ("drift", "knn")}
-TABLES = {"": SHOWN, ": what is inside": INSIDE, ": online probes of steps 5000 to 6000 minus those of 2500 to 3500": DRIFT}
-LABELS = {"qkv4": "norms, qkv in 4", "wide": "plain, as many\nparameters", "qkv2": "norms, qkv in 2",
-          "qkv8": "norms, qkv in 8", "qkv12": "norms, qkv in 12"}
+
+# --------------------------------------------------------------------------------------------------
+# Comparing runs. A `group` is {arm: {seed: line}} of one scale and one data set. An outcome is
+# {in words, with unit and an arrow in the better direction: (name in a line's "results", metric)}.
+
+COSINES = "cosines, mean over blocks"
+OUTCOMES = {  # the plan's
+    "mIoU on Scenes, % ↑": ("teacher scenes", "miou"),
+    "depth RMSE on Scenes, m ↓": ("teacher scenes", "rmse"),
+    "linear accuracy on Scenes, % ↑": ("teacher scenes", "linear"),
+    "k-NN accuracy on Scenes, % ↑": ("teacher scenes", "knn"),
+    "mIoU on NYU, % ↑": ("teacher pairs", "miou"),
+    "depth RMSE on NYU, m ↓": ("teacher pairs", "rmse"),
+    "cosine of [CLS] and patches, after norm1": (COSINES, "after norm cls_patch"),
+}
+INSIDE = {
+    "cosine, on Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch"),
+    "overlap of large dimensions": ("dimensions, mean over blocks", "after norm overlap"),
+}
+for point in ("before norm", "after norm", "attention", "after attention"):
+    INSIDE[f"cosine of [CLS] and patches, {point}"] = COSINES, f"{point} cls_patch"
+    INSIDE[f"cosine among patches, {point}"] = COSINES, f"{point} patch_patch"
+# Question 5: is the online probe worse late in a long run (steps) than half way? Late minus middle.
+LATE, MIDDLE = (5000, 5500, 6000), (2500, 3000, 3500)
+DRIFT = {
+    "online mIoU, % ↑": ("drift", "miou"),
+    "online depth RMSE, m ↓": ("drift", "rmse"),
+    "online k-NN accuracy, % ↑": ("drift", "knn"),
+}
+TABLES = {
+    "judged after the last step": OUTCOMES,
+    "what is inside, means over blocks": INSIDE,
+    "the online probe at steps 5000 to 6000 minus that at 2500 to 3500": DRIFT,
+}
 
 
 def read(file: Path) -> list[dict]:
     if not file.exists():
-        sys.exit(f"error: there is no {file}; run some of the plan first: python results/study.py --minutes 60, "
-                 "or give --lines results/study.jsonl, which are the published runs")
+        raise ValueError(f"there is no {file}; run some of the plan first: python results/study.py "
+                         "--minutes 60, or give --lines results/study.jsonl, the published runs")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def groups(every: list[dict]) -> dict[str, dict]:
-    """{data set, with the scale: {(arm, seed): line}} of what is judged on Scenes at least. The networks that
-    plain ones were at step 0 are an arm of their own, `untrained`."""
+def drift(probes: list[dict]) -> dict[str, float]:
+    """{metric: late minus middle} of a run's online probes; empty if it was not a long one."""
+    at = {probe["step"]: probe for probe in probes}
+    if not at.keys() >= {*LATE, *MIDDLE}:
+        return {}
+    return {metric: mean(at[s][metric] for s in LATE) - mean(at[s][metric] for s in MIDDLE)
+            for _, metric in DRIFT.values()}
+
+
+def groups(lines: list[dict]) -> dict[tuple[str, str], dict]:
+    """{(scale, data): group} of the runs that are judged and measured."""
     out = {}
-    for d in every:
-        if "inside" not in d["minutes"]:
+    for line in lines:
+        if "inside" not in line["minutes"]:
             continue
-        by = out.setdefault(f"{d['scale']}, {d['data']}", {})
-        start = {k.replace("untrained", "teacher"): v for k, v in d["results"].items() if k.startswith("untrained")}
-        if start:
-            by["untrained", d["seed"]] = d | {"results": start}
-        by[d["arm"], d["seed"]] = d
+        group = out.setdefault((line["scale"], line["data"]), {arm: {} for arm in ARMS})
+        line["results"]["drift"] = drift(line["probes"])
+        group.setdefault(line["arm"], {})[line["seed"]] = line
+        # The network at step 0 was judged beside the trained one; here it is an arm of its own.
+        untrained = {result.replace("untrained", "teacher"): found
+                     for result, found in line["results"].items() if "untrained" in result}
+        if untrained:
+            group["untrained"][line["seed"]] = line | {"results": untrained}
     return out
 
 
-def drift(by: dict, arm: str, metric: str) -> dict[int, float]:
-    """{seed: mean of the late online probes minus that of the middle ones}, of long runs."""
+def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float]:
+    """{seed: number} of an arm."""
     out = {}
-    for (name, seed), line in by.items():
-        at = {probe["step"]: probe[metric] for probe in line["probes"] if metric in probe}
-        if name == arm and at.keys() >= {*LATE, *MIDDLE}:
-            out[seed] = statistics.mean(at[s] for s in LATE) - statistics.mean(at[s] for s in MIDDLE)
+    for seed, line in sorted(seeds.items()):
+        for key, found in line["results"].items():
+            # After the name may stand a folder, or how many pictures. A "=" is an option that
+            # somebody judged with by hand: another protocol, and so another outcome.
+            if f"{key} ".startswith(f"{result} ") and "=" not in key and metric in found:
+                out.setdefault(seed, found[metric])
     return out
 
 
-def numbers(by: dict, arm: str, result: str, metric: str) -> dict[int, float]:
-    """{seed: number}, judged by the protocol as it is: other options would stand in the result's name."""
-    if result == "drift":
-        return drift(by, arm, metric)
-    found = {s: [v[metric] for k, v in line["results"].items() if f"{k} ".startswith(f"{result} ") and "=" not in k
-                 and metric in v] for (a, s), line in by.items() if a == arm}
-    return {s: found[s][0] for s in sorted(found) if found[s]}
-
-
-def difference(by: dict, control: str | None, arm: str, result: str, metric: str) -> dict | None:
-    """An arm minus its control over the seeds that both have: analyze.interval, and the single ones. Runs of other
-    versions, devices or numbers of threads are no pair. A drift without a control is compared with none, 0."""
-    import analyze
-    import torch
-    a, b = (numbers(by, who, result, metric) for who in (control, arm))
-    same = [s for s in a if s in b and all(by[control, s][k] == by[arm, s][k] for k in analyze.SETTING)]
+def difference(group: dict, arm: str, control: str, result: str, metric: str) -> dict | None:
+    """Arm minus control over the seeds of both: analyze.interval, and "each" difference. None where
+    there are not two pairs."""
+    mine = numbers(group[arm], result, metric)
+    theirs = numbers(group.get(control, {}), result, metric)
+    pairs = []
+    for seed in sorted(mine.keys() & theirs.keys()):
+        one, other = group[arm][seed], group[control][seed]
+        # Another version, device or number of threads rounds otherwise: that is no pair.
+        if all(one[key] == other[key] for key in analyze.SETTING):
+            pairs.append((theirs[seed], mine[seed]))
     if result == "drift" and not control:
-        a, same = dict.fromkeys(b, 0.0), list(b)
-    pairs = torch.tensor([(a[s], b[s]) for s in same]).double()
-    return analyze.interval(*pairs.T) | {"each": (pairs @ pairs.new_tensor([-1, 1])).tolist()} if same else None
+        pairs = [(0, number) for number in mine.values()]  # it is a difference already
+    if len(pairs) < 2:
+        return None
+    a, b = torch.tensor(pairs).double().T
+    return analyze.interval(a, b) | {"each": (b - a).tolist()}
 
 
-def comparisons(by: dict) -> list[tuple[str, str | None]]:
-    """(arm, its control) of what is there; qkv4 also against the plain network of as many parameters."""
-    there = {arm for arm, _ in by}
-    out = [(arm, CONTROL.get(arm, "plain")) for arm in ("untrained", *ARMS) if arm in there]
-    return out + [("qkv4", "wide")] * (there >= {"qkv4", "wide"})
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures.
 
 
-def tables(file: Path) -> None:
-    """For every data set: each arm's mean and standard deviation, and its paired difference to its control; then the
-    same of what is inside, and of how the online probe goes on in long runs."""
-    every = read(file)
-    for (title, by), (what, shown) in product(groups(every).items(), TABLES.items()):
-        effects, intervals, rows = 0, 0, []
-        shown = {name: at for name, at in shown.items() if any(numbers(by, arm, *at) for arm, _ in by)}
-        for arm, control in comparisons(by):
-            seeds, cells = sorted(s for a, s in by if a == arm), []
-            for result, metric in shown.values():
-                digits = 2 if metric in ("miou", "linear", "knn") else 3
-                own, d = [*numbers(by, arm, result, metric).values()], difference(by, control, arm, result, metric)
-                cell = f"{statistics.mean(own):.{digits}f}" if own else ""
-                cell += f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
-                cell += f" (n = {len(own)})" if own and len(own) < len(seeds) else ""
-                if d and d["n"] > 1:
-                    effects, intervals = effects + (d["low"] > 0 or d["high"] < 0), intervals + 1
-                    cell += f" ({d['difference']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
-                    cell += f", n = {d['n']})" if d["n"] < len(own) else ")"
-                cells.append(cell)
-            if any(cells):
-                rows.append(f"| {arm} | {control or ''} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
-        if rows:
-            print(f"\n{title}{what}\n\n| arm | against | seeds | " + " | ".join(shown) + " |\n|---|---|---|" + "---|" * len(shown))
-            print("\n".join(rows))
-            print(f"\n{effects} of {intervals} intervals leave out zero; of as many without any effect, {intervals / 20:.1f} would")
-    print("\nfailed: " + (", ".join(f"{d['run']} ({stage})" for d in every for stage in d["failed"]) or "none"))
+EXPLAINED = """\
+A row: an arm, its seeds, mean ± standard deviation over them; then its mean difference to another
+arm [95 % interval, Student's t] over n pairs of equal seeds, * if that leaves out zero.
+↑ more is better, ↓ less is better."""
 
 
-def draw(file: Path) -> None:
-    """study-SCALE-DATA.png: paired differences, from three seeds on, each in colour; study-cosines.png: by block;
-    study-SCALE-DATA-long.png: the online probe of the long runs."""
-    import analyze
-    if analyze.Figure is None:
-        sys.exit("error: pictures want matplotlib: python -m pip install matplotlib")
-    data = groups(read(file))
-    if not data:
-        sys.exit(f"error: no run of {file} is judged yet")
-    for title, by in data.items():
-        panels = {}
-        for (arm, control), (name, what) in product(comparisons(by), SHOWN.items()):
-            if (d := difference(by, control, arm, *what)) and d["n"] > 2:
-                label = LABELS.get(arm, arm) + (f" - {control}" if control != "plain" else "")
-                panels.setdefault(f"{title}: {name}", []).append((label, d["low"], d["difference"], d["high"], *d["each"]))
-        if panels:
-            analyze.draw_intervals(file.with_name(f"study-{title.replace(', ', '-')}.png"), panels, 0, 3)
-    fig, axes = analyze.canvas(len(data), min(len(data), 2))
-    for ax, (title, by) in zip(axes, data.items()):
-        curves(ax, {LABELS.get(arm, arm): [(range(1, 1 + len(d["cosine by block"])), d["cosine by block"])
-                                           for (a, _), d in by.items() if a == arm] for arm in MAIN})
-        ax.set(title=title, xlabel="block (the last is the final norm)", ylabel="cosine, [CLS] and patches, after norm1")
-    fig.savefig(file.with_name("study-cosines.png"), dpi=90)
-    for title, by in data.items():
-        if not (shown := {name: metric for name, (_, metric) in DRIFT.items() if drift(by, "dino", metric)}):
-            continue
-        fig, axes = analyze.canvas(len(shown), len(shown))
-        for ax, (name, metric) in zip(axes, shown.items()):
-            curves(ax, {arm: [([p["step"] for p in d["probes"]], [p[metric] for p in d["probes"]])
-                              for (a, _), d in by.items() if a == arm] for arm in ("dino", "dino-entmax")})
-            ax.set(title=f"{title}, online probe: {name}", xlabel="step")
-        fig.savefig(file.with_name(f"study-{title.replace(', ', '-')}-long.png"), dpi=90)
+def row(group: dict, arm: str, what: tuple[str, str], digits: int) -> str:
+    """An arm in the table of one outcome."""
+    values = numbers(group[arm], *what)
+    own = f"{mean(values.values()):.{digits}f}"
+    if len(values) > 1:
+        own += f" ± {stdev(values.values()):.{digits}f}"
+    against = []
+    for control in ARMS[arm].controls or [""]:
+        d = difference(group, arm, control, *what)
+        if d:
+            middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+            star = " *" if d["low"] > 0 or d["high"] < 0 else ""
+            label = ARMS[control].label if control else "no change"
+            against.append(f"{middle} [{low}, {high}]{star} against {label} (n = {d['n']})")
+    left = f"{ARMS[arm].label:33}{', '.join(map(str, values)):15}{own:16}"
+    return (left + f"\n{' ' * len(left)}".join(against)).rstrip()
 
 
-def curves(ax, lines: dict[str, list]) -> None:
-    """{label: [(x, y) of a run]}, all of one label with the same x: a thin line a run, a thick one their mean."""
-    import analyze
-    for i, (label, runs) in enumerate(lines.items()):
-        for x, y in runs:
-            ax.plot(x, y, **analyze.style(i), linewidth=0.8, alpha=0.4)
-        if runs:
-            mean = [statistics.mean(some) for some in zip(*(y for _, y in runs))]
-            ax.plot(x, mean, **analyze.style(i), linewidth=2, label=label)
+def tables(lines: list[dict]) -> str:
+    """Every outcome that is there, of every scale and data set."""
+    out = [EXPLAINED]
+    for (scale, data), group in groups(lines).items():
+        for title, outcomes in TABLES.items():
+            table = ""
+            for head, what in outcomes.items():
+                rows = [row(group, arm, what, digits=2 if "%" in head else 3)
+                        for arm in ARMS if numbers(group[arm], *what)]
+                table += "\n".join([f"\n{head}", *rows, ""]) if rows else ""
+            if table:
+                n, effects = table.count("(n = "), table.count(" * ")
+                out.append(f"{scale}, trained on {DATA[data]}: {title}\n{table}\n{effects} of {n} "
+                           f"intervals leave out zero; by chance alone about {n / 20:.1f} would.")
+    failed = [f"{line['run']} ({stage})" for line in lines for stage in line["failed"]]
+    return "\n\n".join([*out, "Failed runs: " + (", ".join(failed) or "none")])
+
+
+def draw_differences(path: Path, title: str, group: dict) -> None:
+    """A panel an outcome, a row a comparison of three pairs or more."""
+    every = [(arm, control) for arm, row in ARMS.items() for control in row.controls]
+    found = {(head, pair): difference(group, *pair, *what)
+             for head, what in OUTCOMES.items() for pair in every}
+    found = {key: d for key, d in found.items() if d and d["n"] > 2}
+    heads = [head for head in OUTCOMES if any((head, pair) in found for pair in every)]
+    pairs = [pair for pair in every if any((head, pair) in found for head in heads)]
+    if not found:
+        return
+    # Not analyze.draw_intervals: with the labels once, at the left, 13 rows in 7 panels fit a page.
+    fig, axes = analyze.canvas(len(heads), 4, sharey=True)
+    fig.set_size_inches(11, 2 * (1 + 0.3 * len(pairs)))
+    for (head, pair), d in found.items():
+        ax, y = axes[heads.index(head)], pairs.index(pair)
+        ax.plot([d["low"], d["high"]], [y, y], "k|-")
+        ax.plot(d["difference"], y, "ko", markersize=5)
+        ax.plot(d["each"], [y] * d["n"], "o", color="#D55E00", markersize=3)
+    labels = [ARMS[arm].label + (f"\nminus {ARMS[control].label}" if control != "plain" else "")
+              for arm, control in pairs]
+    for ax, head in zip(axes, heads):
+        ax.axvline(0, color="#0072B2", linestyle="--")
+        ax.set(yticks=range(len(pairs)), yticklabels=labels, ylim=(len(pairs) - 0.5, -0.5))
+        ax.set_title(head.replace("%", "points").replace(", ", "\n"), fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.locator_params(axis="x", nbins=4)
+    fig.suptitle(f"{title}: difference to plain with the same seed, or to what follows 'minus'.\n"
+                 "Orange: one seed. Black: their mean and its 95 % interval. Blue: no difference.")
+    fig.savefig(path, dpi=90)
+
+
+def curves(ax, group: dict, arms, points) -> None:
+    """A thin line a seed, a thick one their mean. points(line): [(x, y)] of a run."""
+    for i, arm in enumerate(arms):
+        found = [points(line) for line in group[arm].values()]
+        for run in found:
+            ax.plot(*zip(*run), **analyze.style(i), linewidth=0.8, alpha=0.4)
+        # zip(*found): the same place of every run; zip(*place): its xs, its ys
+        middle = [[mean(values) for values in zip(*place)] for place in zip(*found)]
+        ax.plot(*zip(*middle), **analyze.style(i), linewidth=2, label=ARMS[arm].label)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=8)
+
+
+def draw(file: Path, every: dict[tuple[str, str], dict]) -> None:
+    """study-SCALE-DATA.png: differences; study-cosines.png: [CLS] and patches, block by block;
+    study-SCALE-DATA-long.png: online probes of long runs."""
+    fig, axes = analyze.canvas(len(every), min(len(every), 2), sharey=True)
+    for ax, ((scale, data), group) in zip(axes, every.items()):
+        there = [arm for arm in MAIN if group[arm]]
+        curves(ax, group, there, lambda line: [*enumerate(line["cosine by block"], 1)])
+        ax.set(title=f"{scale}, trained on {DATA[data]}", ylabel="cosine of [CLS] and patches",
+               xlabel="block, after norm1; the last is the final norm")
+    fig.savefig(file.with_name("study-cosines.png"), dpi=90)
+    for (scale, data), group in every.items():
+        path = file.with_name(f"study-{scale}-{data}.png")
+        draw_differences(path, f"{scale}, trained on {DATA[data]}", group)
+        long = [arm for arm in ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
+        if long:
+            fig, axes = analyze.canvas(len(DRIFT), len(DRIFT))
+            fig.set_size_inches(11, 3.4)
+            for ax, (head, (_, metric)) in zip(axes, DRIFT.items()):
+                curves(ax, group, long, lambda line: [
+                    (probe["step"], probe[metric]) for probe in line["probes"]])
+                ax.set(title=head, xlabel="training step")
+            fig.savefig(path.with_name(f"{path.stem}-long.png"), dpi=90)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return Path(text).absolute()  # commands run in the repository, not here
+
+
+def parse() -> argparse.Namespace:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs")
+    p.add_argument("--lines", type=Path, help="file of numbers (default: ROOT/study.jsonl)")
+    p.add_argument("--minutes", type=within(float, 0, 1e6), default=60, help="limit (default: 60)")
+    p.add_argument("--workers", type=within(int, 1, 64), default=1, help="runs at once, default 1")
+    p.add_argument("--threads", type=within(int, 1, 64), default=1,
+                   help="of each run; others round otherwise and make no pairs (default: 1)")
+    p.add_argument("--scale", choices=list(SCALES), default="nano", help="(default: nano)")
+    p.add_argument("--data", choices=list(DATA), help="only runs that train on this")
+    p.add_argument("--arms", type=names, help="only these arms, a comma list")
+    p.add_argument("--tiny", type=folder, help="Tiny ImageNet's training pictures; else left out")
+    p.add_argument("--nyu", type=folder, help="NYU Depth v2, `pairs` of eval_dense.py: judge on it")
+    p.add_argument("--list", action="store_true", help="print the plan and stop")
+    p.add_argument("--tables", action="store_true", help="print tables and stop")
+    p.add_argument("--draw", action="store_true", help="make pictures, with matplotlib, and stop")
+    p.add_argument("--retry", action="store_true", help="try again what failed")
+    args = p.parse_args()
+    known = dict.fromkeys(arm for _, arm, _ in runs())
+    unknown = [arm for arm in args.arms or () if arm not in known]
+    if unknown:
+        p.error(f"argument --arms: no {', '.join(unknown)}; the plan has {', '.join(known)}")
+    if args.data == "tiny" and not args.tiny:
+        p.error("argument --data: tiny needs --tiny, the folder of Tiny ImageNet's pictures")
+    return args
+
+
+def run(args) -> None:
+    file = args.lines or args.root / "study.jsonl"
+    if args.tables:
+        return print(tables(read(file)), flush=True)
+    if args.draw:
+        if analyze.Figure is None:
+            raise ValueError("pictures want matplotlib: python -m pip install matplotlib")
+        return draw(file, groups(read(file)))
+    wanted = [(data, arm, seed) for data, arm, seed in runs() if arm in (args.arms or [arm])
+              and data == (args.data or data) and (data != "tiny" or args.tiny)]
+    if args.list:
+        for one in wanted:
+            name = name_of(args.scale, *one)
+            state = state_of(args.root / name)
+            print(f"{name:24}", "FAILED" if state["failed"] else ", ".join(state["minutes"]))
+        return
+    args.root = args.root.absolute()
+    args.root.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the commands inherit it
+    end = time.time() + 60 * args.minutes
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each command is ended, then we
+        signal.signal(number, lambda *_: STOP.set())
+    with ThreadPoolExecutor(args.workers) as pool:  # a thread waits for one process
+        list(pool.map(lambda one: work(args, end, *one), wanted))  # list: raises what one raised
+    collect(args.root, file)
+    if STOP.is_set():
+        sys.exit("stopped: what was trained is saved, and the same command goes on with it")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
-    p.add_argument("--lines", type=Path, help="file of numbers, a line a run (default: ROOT/study.jsonl)")
-    p.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
-    p.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", default=1, help="runs at once (default: %(default)s)")
-    p.add_argument("--threads", type=int, choices=range(1, 65), metavar="N", default=1,
-                   help="of each run; other numbers round otherwise, and make no pairs (default: %(default)s)")
-    p.add_argument("--scale", choices=list(WIDE), default="nano", help="train.py's (default: %(default)s)")
-    p.add_argument("--data", choices=["scenes", "tiny"], help="only this data set")
-    p.add_argument("--arms", help="only these arms, a comma list")
-    p.add_argument("--tiny", type=Path, help="folder of Tiny ImageNet's training pictures; without it those runs are left out")
-    p.add_argument("--nyu", type=Path, help="NYU Depth v2 in the layout `pairs` of eval_dense.py, to judge on as well")
-    for name, text in (("list", "print the plan and stop"), ("tables", "print tables and stop"),
-                       ("draw", "make pictures of them, with matplotlib, and stop"),
-                       ("retry", "try again what failed")):
-        p.add_argument(f"--{name}", action="store_true", help=text)
-    args = p.parse_args()
-    args.lines = args.lines or args.root / "study.jsonl"
-    if args.tables or args.draw:
-        return draw(args.lines) if args.draw else tables(args.lines)
-    for name in ("root", "tiny", "nyu"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).absolute())
-            if name != "root" and not getattr(args, name).is_dir():
-                p.error(f"argument --{name}: there is no folder {getattr(args, name)}")
-    if unknown := set(filter(None, (args.arms or "").split(","))) - ARMS.keys():
-        p.error(f"argument --arms: no {', '.join(sorted(unknown))}; the plan has {', '.join(ARMS)}")
-    if args.data == "tiny" and not args.tiny:
-        p.error("argument --data: tiny needs --tiny, the folder of Tiny ImageNet's training pictures")
-    wanted = [(data, arm, seed) for data, arm, seed in names()
-              if (data != "tiny" or args.tiny) and data in (args.data or data) and arm in (args.arms or arm).split(",")]
-    if args.list:
-        for data, arm, seed in wanted:
-            name = named(args.scale, data, arm, seed)
-            file = args.root / name / "study.json"
-            done = json.loads(file.read_text()) if file.exists() else {}
-            print(f"{name:24}", "FAILED" if done.get("failed") else ", ".join(done.get("minutes", ())))
-        return
-    args.root.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    end = time.time() + 60 * args.minutes
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda one: work(args, end, *one), wanted))
-    collect(args)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        run(parse())
+    except BrokenPipeError:  # `--tables | head` has read enough
+        os._exit(0)  # at once: nothing is open, and a last flush would fail as well
+    except (ValueError, OSError) as err:
+        sys.exit(f"error: {err}")
 
 
 if __name__ == "__main__":

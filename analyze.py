@@ -755,26 +755,6 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
     fig.savefig(path, dpi=110)
 
 
-def draw_intervals(path: Path, panels: dict[str, list], mark: float, columns: int = 2) -> None:
-    """{title with unit: [(name, low, middle, high, single values ..)]} -> a panel each, with a line
-    at `mark`. (results/study.py draws its differences with it.)"""
-    fig, axes = canvas(len(panels), min(len(panels), columns))
-    for ax, (title, rows) in zip(axes, panels.items()):
-        for y, (_, low, middle, high, *each) in enumerate(rows):
-            ax.plot([low, high], [y, y], "k|-", markersize=8)
-            ax.plot(middle, y, "ko", markersize=5)
-            ax.plot(each, [y] * len(each), "o", color="#D55E00", markersize=3)
-        ax.axvline(mark, color="#0072B2", linestyle="--")
-        names = [textwrap.fill(row[0], 26) for row in rows]
-        single = "   small: single pairs" if any(row[4:] for row in rows) else ""
-        ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - 0.3, -0.7),
-               xlabel=f"● mean, with its 95 % interval{single}")
-        ax.set_title(title, fontsize=9)
-        ax.locator_params(axis="x", nbins=5)
-        ax.ticklabel_format(axis="x", useOffset=False)
-    fig.savefig(path, dpi=110)
-
-
 # --------------------------------------------------------------------------------------------------
 # The command.
 

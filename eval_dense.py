@@ -6,31 +6,26 @@
     python eval_dense.py runs/NAME --data voc --root path/to/VOC --tasks seg
 
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
-Features  patches of the last block (--layer: of another) after the final norm, no [CLS] (--cat-cls:
-          beside every patch); the backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
-Pictures  resized, with antialias, to --image-size on the shorter side (0: as they are), then to the
-          nearest multiple of the patch on both; labels are not. With --crop, heads are trained on
-          crops of pictures and labels: scale 0.5 to 2 (1 where there is depth), flip, padded with
-          black, 255, no depth. The sides of crops and windows are multiples of the patch, too.
-Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0. seg: to classes. depth: to 256 uniform
-          bins from 0.001 m to the set's largest depth; relu + 0.1, normalised, weighs them to a
-          depth. Both are upsampled bilinearly (corners not aligned) to the label's size.
-Losses    seg: cross-entropy, 255 ignored. depth: scale-invariant log loss (`silog`), valid pixels.
-          Each iteration looks at every (patch / 2)th row and column of the labels, from a random
-          first one.
-Training  AdamW, weight decay 1e-4; linear warm-up, then linearly to 0; batches are drawn with
-          replacement. Of several --lr, each head's is chosen on a tenth of the training pictures,
-          which it has not seen.
-Test      whole pictures, or --window with logits and depth averaged where windows overlap; --flip:
-          averaged with the mirrored picture's.
+Features  patches of the last block (or --layer) after the final norm; --cat-cls: [CLS] beside each.
+          The backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
+Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
+          multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
+          to 2 (1 where there is depth), flip, padded with black, 255, no depth. Crops and windows
+          are multiples of the patch, too.
+Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0; to classes, or to 256 uniform bins of
+          depth from 0.001 m to the set's largest, which relu + 0.1, normalised, weighs to a depth.
+          Then upsampled bilinearly (corners not aligned) to the label's size.
+Losses    cross-entropy, 255 ignored; scale-invariant log loss (`silog`) of valid pixels. Each step
+          looks at every (patch / 2)th row and column of the labels, from a random first one.
+Training  AdamW, weight decay 1e-4; linear warm-up, then linearly to 0; batches with replacement. Of
+          several --lr, each head's is chosen on a tenth of the pictures, held back from training.
+Test      whole pictures, or --window, averaged where windows overlap; --flip: also mirrored.
 cls       [CLS], or [CLS] beside the mean patch, standardised, into softmax regression with an L2
-          penalty, by L-BFGS; input and penalty are chosen on a fifth of the training pictures,
-          then it is trained on all of them.
+          penalty, by L-BFGS; input and penalty chosen on a fifth, then trained on all.
 knn       [CLS], cosine, k = 20, votes weigh exp(cosine / 0.07).
-Metrics   miou: mean over classes of intersection / union summed over the set, classes that neither
-          truth nor prediction has left out. rmse (m), absrel = mean(|p - t| / t), delta1 = share
-          with max(p / t, t / p) < 1.25: per picture over valid pixels, then the mean. linear, knn:
-          accuracy. In % but rmse and absrel.
+Metrics   miou: mean of intersection / union of the whole set over classes that truth or prediction
+          has. rmse (m), absrel = mean(|p - t| / t), delta1 = share with max(p / t, t / p) < 1.25:
+          per picture, then the mean. linear, knn: accuracy. In %, but for rmse and absrel.
 
                shorter side  crop, window  iterations x batch  --lr              warm-up  classes
   scenes       8 patches     -             2000 x 128          3e-2              0.1      10
@@ -40,20 +35,16 @@ Metrics   miou: mean over classes of intersection / union summed over the set, c
   nyu, sunrgbd 480           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
   kitti        352           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
   imagefolder  256, of which the middle 224; cls and knn only
-
-Largest depth: scenes 20 m, nyu 10, kitti 80, pairs that of its training pictures; what is farther
-is not valid. nyu is judged in Eigen's crop, kitti in Garg's of the lower 352 x 1216; sunrgbd with
-heads trained on nyu, in Eigen's crop, truth and prediction cut off at 8 m. Scenes: 2000 of split
-"probe", 1000 of "test".
-
-Ours, not the papers': the sampled rows and columns; whole pictures without augmentation for depth
-(DINOv2 and v3 crop, flip, turn and colour them), crops for classes not coloured; linear decay
-everywhere; no limit on a class's share of a crop; the rate for nyu is chosen on frames of the same
-videos; [CLS] and mean patch of one block, without augmentation, for cls.
+Scenes: 2000 of split "probe", 1000 of "test". Depth is valid to 20 m in scenes, 10 nyu, 80 kitti,
+the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in Garg's of the lower 352 x
+1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m.
+Not the papers': sampled rows and columns; depth not augmented; crops not coloured, no limit on a
+class's share; linear decay; nyu's rate chosen on frames of the same videos; cls: one block, not
+augmented.
 """
 
 import argparse
-import copy
+import glob
 import json
 import math
 import os
@@ -72,16 +63,16 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps  # comes with torchvision
 from torch import Tensor, nn
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import clsspec
 import scenes
-from clsspec import ViT
-from scenes import Scenes
+from clsspec import ViT, need
 
-TASKS, DENSE = ("seg", "depth", "cls", "knn"), ("seg", "depth")
+TASKS = ("seg", "depth", "cls", "knn")
+DENSE = ("seg", "depth")  # of every pixel; the others are of the picture as a whole
+LABEL = {"seg": "mask", "depth": "depth", "cls": "label", "knn": "label"}  # what a task needs
 METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
            "linear": "{:.2f} %", "knn": "{:.2f} %"}
 LOWER = {"rmse", "absrel"}  # are better when they are lower
@@ -93,7 +84,7 @@ LOWER = {"rmse", "absrel"}  # are better when they are lower
 class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is one line."""
 
-    def error(self, message: str):
+    def error(self, message: str):  # argparse's own prints the usage, half a screen of it, first
         self.exit(2, f"error: {message}; {Path(self.prog).name} --help lists all flags\n")
 
 
@@ -108,9 +99,9 @@ def within(kind, low, high):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} "
-                                             "number") from None
-        if not low <= value <= high:  # so is nan
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not low <= value <= high:  # this way round, nan is outside, too
             raise argparse.ArgumentTypeError(f"{text} is outside {span(low, high)}")
         return value
 
@@ -119,28 +110,33 @@ def within(kind, low, high):
 
 def names(text: str) -> tuple[str, ...]:
     """A flag's reader: a comma list, each name once."""
-    if not (found := tuple(dict.fromkeys(filter(None, text.split(","))))):
+    found = dict.fromkeys(name for name in text.split(",") if name)  # keeps the order
+    if not found:
         raise argparse.ArgumentTypeError("names nothing; leave it out, or give a comma list")
-    return found
+    return tuple(found)
 
 
-KINDS = ".jpg", ".jpeg", ".png", ".webp"
+KINDS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def is_picture(file) -> bool:
+    """By its name, which is not a hidden file's."""
+    name = Path(file).name.lower()
+    return name.endswith(KINDS) and not name.startswith(".")
 
 
 def picture_files(data) -> list[str]:
     """Paths of the pictures below a folder, sorted; of those that a text file names, a path a line,
     from the file's own folder or from here; or of one picture. ValueError: there is none."""
     at = Path(data)
-    if at.is_dir():
-        files = []
-        for folder, folders, found in os.walk(at, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [os.path.join(folder, name) for name in found
-                      if name.lower().endswith(KINDS) and not name.startswith(".")]
-        files = sorted(file for file in files if os.path.isfile(file))  # no pipes, no lost links
-    elif at.is_file() and at.suffix.lower() in KINDS:
+    need(at.is_dir() or at.is_file(),
+         f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
+    if at.is_dir():  # glob passes over hidden files and folders, and follows links
+        below = glob.glob(os.path.join(glob.escape(str(at)), "**", "*"), recursive=True)
+        files = [file for file in sorted(below) if is_picture(file) and os.path.isfile(file)]
+    elif at.suffix.lower() in KINDS:
         files = [str(at)]
-    elif at.is_file():
+    else:
         try:
             lines = at.read_text("utf-8-sig").splitlines()
         except UnicodeDecodeError:
@@ -148,10 +144,7 @@ def picture_files(data) -> list[str]:
                              "file with a path a line") from None
         lines = [line.strip() for line in lines if line.strip()]
         files = [str(at.parent / line) if (at.parent / line).exists() else line for line in lines]
-    else:
-        raise ValueError(f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
-    if not files:
-        raise ValueError(f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
+    need(files, f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
     return files
 
 
@@ -159,17 +152,18 @@ def open_picture(file, kind: str = "RGB", upright: bool = False, side: int = 0) 
     """A picture as RGB, or with kind "as it is" in its own mode. upright: turned as its EXIF says.
     side: a JPEG is decoded no finer than this needs. ValueError: which file, and why not."""
     try:
-        if not os.path.isfile(file):
-            raise OSError("there is no such file" if not os.path.exists(file) else "it is no file")
+        need(os.path.exists(file), "there is no such file")
+        need(os.path.isfile(file), "it is no file")
         with Image.open(file) as img:
             if side:
-                img.draft("RGB", (side, side))
+                img.draft("RGB", (side, side))  # at 1/2, 1/4 or 1/8, before it is decoded
             if upright:
-                img = ImageOps.exif_transpose(img)
+                img = ImageOps.exif_transpose(img)  # as people see it
             if kind == "RGB" and img.mode.startswith("I"):  # 16 bits: scaled, not cut off at 255
                 img = img.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            img = img.convert("RGB") if kind == "RGB" else img
-            img.load()
+            if kind == "RGB":
+                img = img.convert("RGB")
+            img.load()  # now, while an error still has the file's name
             return img
     except Exception as err:  # whatever a decoder makes of a broken file
         why = (str(err) or type(err).__name__).splitlines()[0]
@@ -181,48 +175,41 @@ def read_picture(file, upright: bool = True) -> Tensor:
     return TF.pil_to_tensor(open_picture(file, upright=upright))
 
 
-def read_numbers(file, *modes: str) -> Tensor:
-    """A map (H, W) of classes (mode P, L) or depth (16-bit, I;16, I). ValueError: another mode."""
+def read_map(file, bits: int) -> Tensor:
+    """Classes (8 bits) or depth as it is stored (16), int (H, W). ValueError: of other bits."""
     img = open_picture(file, "as it is")
-    if img.mode not in modes:
-        need = "an 8-bit index PNG" if "P" in modes else "a 16-bit grey PNG"
-        raise ValueError(f"{file} must be {need}, but its mode is {img.mode}; convert it")
-    return TF.pil_to_tensor(img if "P" in modes else img.convert("I"))[0]
+    modes = ("P", "L") if bits == 8 else ("I;16", "I")
+    wanted = "an 8-bit index PNG" if bits == 8 else "a 16-bit grey PNG"
+    need(img.mode in modes, f"{file} must be {wanted}, but its mode is {img.mode}; convert it")
+    img = img if bits == 8 else img.convert("I")  # int32: torch computes little on uint16
+    return TF.pil_to_tensor(img)[0]
 
 
 def read_json(file: Path) -> dict:
     """{} if there is no such file. ValueError: damaged."""
     try:
         found = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
+    except ValueError:  # it is there, but it is no JSON
         found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged, or not of this project; move it away")
+    need(isinstance(found, dict), f"{file} is damaged, or not of this project; move it away")
     return found
 
 
-def strict(x, digits: int | None = None):
+def strict(x, digits: int = 17):
     """The same without nan and inf, which JSON does not know; numbers rounded to so many digits."""
-    if isinstance(x, dict):
-        return {k: strict(v, digits) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [strict(v, digits) for v in x]
-    if not isinstance(x, float):
-        return x
-    if not math.isfinite(x):
-        return None
-    return float(f"{x:.{digits}g}") if digits else x
+    return json.loads(json.dumps(x), parse_constant=lambda name: None,  # of NaN and Infinity
+                      parse_float=lambda number: float(f"{float(number):.{digits}g}"))
 
 
 def write(file: Path, text: str) -> None:
     """Write beside, then move into place: whole at any moment. ValueError: a full disk, say."""
-    beside = file.with_name(f"{file.name}.tmp")
+    beside = file.with_name(f"{file.name}.tmp")  # on the same disk, so that the move is one step
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(text)
         os.replace(beside, file)
     except OSError as err:
-        beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)  # half a file helps nobody
         raise ValueError(f"could not write {file}: {err.strerror}; what was there is as it was; "
                          "free some space, or choose a folder that can be written to") from None
 
@@ -236,35 +223,42 @@ def record(file: Path, key: str, result: dict) -> None:
 # Labelled pictures: how each data set lies on a disk.
 
 
+def whole_patches(pixels: float, patch: int) -> int:
+    """The nearest multiple of the patch; 0, which means "no such side" in a protocol, stays 0."""
+    return max(round(pixels / patch), 1) * patch if pixels else 0
+
+
 def random_crop(item: dict, u, size: int, crop: int) -> dict:
     """An item's crop: (crop, crop), by four uniform numbers u: scale, top, left, flip."""
     h, w = item["image"].shape[-2:]
     scale = size / min(h, w) if size else 1
     if "depth" not in item:  # a nearer picture would have other depths
-        scale *= 0.5 + 1.5 * u[0]
+        scale *= 0.5 + 1.5 * u[0]  # 0.5 to 2
     h, w = max(round(h * scale), 1), max(round(w * scale), 1)
-    right, bottom = max(crop - w, 0), max(crop - h, 0)  # padding
-    top, left = int(u[1] * (h + bottom - crop + 1)), int(u[2] * (w + right - crop + 1))
+    below, right = max(crop - h, 0), max(crop - w, 0)  # padding, where the picture is too small
+    top, left = int(u[1] * (h + below - crop + 1)), int(u[2] * (w + right - crop + 1))
     out = {}
     for kind, x in item.items():
-        how = InterpolationMode.BILINEAR if kind == "image" else InterpolationMode.NEAREST_EXACT
-        x = TF.resize(x if kind == "image" else x[None], [h, w], how, antialias=True)
-        x = F.pad(x, (0, right, 0, bottom), value=255 if kind == "mask" else 0)
-        x = x[:, top : top + crop, left : left + crop]
+        smooth = kind == "image"  # classes and depths have no value between two others
+        how = TF.InterpolationMode.BILINEAR if smooth else TF.InterpolationMode.NEAREST_EXACT
+        x = TF.resize(x if smooth else x[None], [h, w], how, antialias=True)  # (C, h, w)
+        x = F.pad(x, (0, right, 0, below), value=255 if kind == "mask" else 0)
+        x = x[:, top : top + crop, left : left + crop]  # (C, crop, crop)
         x = x.flip(2) if u[3] < 0.5 else x
-        out[kind] = x if kind == "image" else x[0]
+        out[kind] = x if smooth else x[0]
     return out
 
 
 def stack(items: list[dict]) -> dict[str, Tensor]:
     """Items -> one dict of stacked tensors. ValueError where pictures have several sizes."""
-    first = items[0]
-    for item in items:
-        if item["image"].shape != first["image"].shape:
-            sizes = [tuple(x["image"].shape[1:]) for x in (item, first)]
-            raise ValueError(f"{item['name']} has {sizes[0]} pixels (rows, columns), "
-                             f"{first['name']} {sizes[1]}; for several sizes give --crop")
-    return {k: torch.stack([x[k] for x in items]) for k in first if k != "name"}
+    files = [item.pop("name", None) for item in items]  # for the message only
+    first = items[0]["image"].shape
+    for file, item in zip(files, items):
+        shape = item["image"].shape
+        need(shape == first,
+             f"{file} has {tuple(shape[1:])} pixels (rows, columns), {files[0]} "
+             f"{tuple(first[1:])}; for several sizes give --crop")
+    return torch.utils.data.default_collate(items)
 
 
 @dataclass
@@ -279,25 +273,29 @@ class Pictures(torch.utils.data.Dataset):
     ids: Tensor | None = None  # (256,) number in a mask -> class; None: it is the class
     max_depth: float = 10.0  # metres; what is farther is not valid
     unit: float = 1e-3  # metres, of one count in a depth file
-    rotated: bool = False  # SUN RGB-D: the 16 bits are turned by three
-    cut: bool = False  # SUN RGB-D: what is farther than max_depth is there, at max_depth
+    sunrgbd: bool = False  # its 16 bits are turned by three; what is farther is at max_depth
+    lower: tuple | None = None  # KITTI: rows and columns that are kept, at the bottom in the middle
     region: tuple | None = None  # where depth is judged: rows, columns (slices)
-    frame: tuple | None = None  # KITTI: rows and columns that are kept, at the bottom in the middle
+    device: torch.device = torch.device("cpu")  # where batches are wanted
     size: int = 0  # with crop and patch: see Protocol
     crop: int = 0
     patch: int = 1
 
     def __len__(self) -> int:
-        return len(self.memory["image"]) if self.memory else len(self.rows)
+        return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
 
     def batches(self, order, workers: int = 0):
-        """Yield dicts of stacked items. order: lists of numbers, or of (number, u) for crops."""
-        if not self.memory:
-            return torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
-                                               collate_fn=stack, generator=torch.Generator())
-        device = self.memory["image"].device
-        at = (torch.as_tensor(numbers, device=device) for numbers in order)
-        return ({k: v[i] for k, v in self.memory.items()} for i in at)
+        """Dicts of stacked items. order: lists of numbers, or of (number, u) for crops."""
+        if self.memory:
+            for numbers in order:
+                numbers = torch.tensor(numbers, device=self.device)
+                yield {kind: x[numbers] for kind, x in self.memory.items()}
+            return
+        own = torch.Generator()  # without one, the loader draws from the global one
+        loader = torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
+                                             collate_fn=stack, generator=own)
+        for batch in loader:
+            yield {kind: x.to(self.device) for kind, x in batch.items()}
 
     def __getitem__(self, key) -> dict:
         i, u = key if isinstance(key, tuple) else (key, None)
@@ -305,54 +303,64 @@ class Pictures(torch.utils.data.Dataset):
         # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
         img = read_picture(row["image"], upright="label" in row)
         if "label" in row:  # the middle of the picture
-            img = TF.resize(img, [self.size * 8 // 7], antialias=True)
-            return {"image": TF.center_crop(img, [self.size]), "label": torch.tensor(row["label"])}
+            img = TF.resize(img, [self.size * 8 // 7], antialias=True)  # 256 for 224, as usual
+            return {"image": TF.center_crop(img, [self.size]), "label": row["label"]}
         item = {"image": img}
         if "mask" in row:
             item["mask"] = self.mask(row["mask"])
         if "depth" in row:
             item["depth"] = self.depth(row["depth"])
-        for kind, x in item.items():
-            if x.shape[-2:] != img.shape[-2:]:
-                raise ValueError(f"{row[kind]} has {tuple(x.shape[-2:])} pixels (rows, columns), "
-                                 f"{row['image']} has {tuple(img.shape[-2:])}; make them equal")
-        if self.frame:
-            h, w = img.shape[-2:]
-            top, left = h - min(self.frame[0], h), (w - min(self.frame[1], w)) // 2
-            item = {k: x[..., top:, left : left + self.frame[1]] for k, x in item.items()}
+        for kind, x in item.items():  # a mask of other pixels would be silently misplaced
+            need(x.shape[-2:] == img.shape[-2:],
+                 f"{row[kind]} has {tuple(x.shape[-2:])} pixels (rows, columns), "
+                 f"{row['image']} has {tuple(img.shape[-2:])}; make them equal")
+        if self.lower:  # higher up, the lidar saw nothing
+            rows, columns = self.lower
+            left = max(img.shape[2] - columns, 0) // 2
+            item = {kind: x[..., -rows:, left : left + columns] for kind, x in item.items()}
         if u:
             return random_crop(item, u, self.size, self.crop) | {"name": row["image"]}
-        if self.region:
+        if self.region:  # outside of it, depth is not valid
             judged = torch.zeros_like(item["depth"])
             judged[self.region] = item["depth"][self.region]
             item["depth"] = judged
         h, w = item["image"].shape[-2:]
         scale = self.size / min(h, w) if self.size else 1
-        fitted = [max(round(n * scale / self.patch), 1) * self.patch for n in (h, w)]
+        fitted = [whole_patches(side * scale, self.patch) for side in (h, w)]
         item["image"] = TF.resize(item["image"], fitted, antialias=True)
         return item | {"name": row["image"]}
 
     def mask(self, file) -> Tensor:
         """A file's classes (H, W) uint8; ValueError where it is no map of this set's classes."""
-        mask = read_numbers(file, "P", "L")
-        mask = mask if self.ids is None else self.ids[mask.long()]
-        beyond = mask[(mask >= len(self.classes)) & (mask != 255)]
-        if len(beyond):
-            raise ValueError(f"{file} has class {beyond.max()}, but the set has only "
-                             f"{len(self.classes)}, from 0 on; mend the mask or classes.txt")
+        mask = read_map(file, bits=8)
+        if self.ids is not None:
+            mask = self.ids[mask.long()]  # (H, W)
+        beyond = mask[(mask >= len(self.classes)) & (mask != 255)].tolist()
+        need(not beyond,
+             f"{file} has class {max(beyond, default=0)}, but the set has only "
+             f"{len(self.classes)}, from 0 on; mend the mask or classes.txt")
         return mask
 
     def depth(self, file) -> Tensor:
         """A file's depth (H, W), metres; 0 where there is none, or none that counts."""
-        count = read_numbers(file, "I;16", "I")
-        if self.rotated:
-            count = count >> 3 | count << 13 & 0xFFFF
-        depth = count * self.unit
-        return torch.where(depth <= self.max_depth, depth, self.max_depth if self.cut else 0)
+        counts = read_map(file, bits=16)
+        if self.sunrgbd:
+            counts = counts >> 3 | counts << 13 & 0xFFFF  # turned back
+        depth = counts * self.unit
+        return torch.where(depth <= self.max_depth, depth, self.max_depth if self.sunrgbd else 0)
 
 
 # How a set is opened: (folder, split "train" or "val") -> Pictures. The first lines say what is
 # expected in the folder and where it is had, to readers and in error messages.
+
+
+def same_stems(images: Path, **folders: Path) -> list[dict]:
+    """Pictures of a folder, with PNGs of the same stem in other folders (mask, depth) -> rows."""
+    rows = []
+    for file in sorted(filter(is_picture, images.glob("*"))):
+        maps = {kind: str(folder / f"{file.stem}.png") for kind, folder in folders.items()}
+        rows.append({"image": str(file)} | maps)
+    return rows
 
 
 def pairs(at: Path, split: str) -> Pictures:
@@ -361,46 +369,41 @@ def pairs(at: Path, split: str) -> Pictures:
     classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
     folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
     folders = {kind: folder for kind, folder in folders.items() if folder.is_dir()}
-    if not folders:
+    if not folders:  # an OSError, to which open_set adds what is wanted
         raise OSError(f"neither masks/{split} nor depth/{split} is there")
-    files = [f for f in sorted((at / "images" / split).iterdir())
-             if f.suffix.lower() in KINDS and not f.name.startswith(".")]
-    rows = [{"image": str(f)} | {kind: str(d / f"{f.stem}.png") for kind, d in folders.items()}
-            for f in files]
-    labels = {kind: sorted(f for f in (at / kind / "train").glob("*.png") if f.name[0] != ".")
-              for kind in ("masks", "depth")}
-
-    far = 0.0  # the largest depth of the training pictures
-    if "depth" in folders:
-        far = max((read_numbers(f, "I;16", "I").max().item() for f in labels["depth"]), default=0)
-    names = ()
+    found = Pictures(same_stems(at / "images" / split, **folders))
+    if "depth" in folders:  # the largest of the training pictures
+        files = (at / "depth/train").glob("[!.]*.png")  # without hidden ones
+        counts = [read_map(file, bits=16).max().item() for file in files]
+        found.max_depth = max(counts, default=0) / 1000
     if "mask" in folders and (at / "classes.txt").exists():
-        lines = (line.strip().split("\t") for line in (at / "classes.txt").read_text().splitlines())
-        names = [line[len(line) > 1] for line in lines if line[0] and line[0][0] != "#"]
+        lines = [line.strip() for line in (at / "classes.txt").read_text().splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        found.classes = tuple(line.split("\t")[1 if "\t" in line else 0] for line in lines)
     elif "mask" in folders:  # numbers, up to the largest of the training pictures
         largest = 0
-        for mask in map(Pictures(classes=range(255)).mask, labels["masks"]):
-            largest = max(largest, *mask[mask != 255].unique().tolist(), 0)
-        names = map(str, range(largest + 1))
-    return Pictures(rows, classes=tuple(names), max_depth=far / 1000)
+        for file in (at / "masks/train").glob("[!.]*.png"):
+            mask = read_map(file, bits=8)
+            largest = max(largest, torch.where(mask == 255, 0, mask).max().item())
+        found.classes = tuple(str(i) for i in range(largest + 1))
+    return found
 
 
 def voc(at: Path, split: str) -> Pictures:
     """VOCdevkit/VOC2012/ with JPEGImages, SegmentationClass and ImageSets/Segmentation, from
     host.robots.ox.ac.uk/pascal/VOC/voc2012"""
     found = torchvision.datasets.VOCSegmentation(at, "2012", split)
-    names = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
-             "horse motorbike person pottedplant sheep sofa train tvmonitor")
-    rows = [{"image": a, "mask": b} for a, b in zip(found.images, found.masks)]
-    return Pictures(rows, classes=tuple(names.split()))
+    classes = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+               "dog horse motorbike person pottedplant sheep sofa train tvmonitor")
+    rows = [{"image": image, "mask": mask} for image, mask in zip(found.images, found.masks)]
+    return Pictures(rows, classes=tuple(classes.split()))
 
 
 def ade20k(at: Path, split: str) -> Pictures:
     """ADEChallengeData2016/ with images/{training,validation} and annotations/ the same, from
     data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"""
     at, part = at / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
-    rows = [{"image": str(f), "mask": str(at / "annotations" / part / f"{f.stem}.png")}
-            for f in sorted((at / "images" / part).glob("*.jpg"))]
+    rows = same_stems(at / "images" / part, mask=at / "annotations" / part)
     ids = (torch.arange(256) + 255).to(torch.uint8)  # class 1 is ours 0; 0, "other", is ignored
     return Pictures(rows, ids=ids, classes=tuple(f"class {i + 1}" for i in range(150)))
 
@@ -408,43 +411,49 @@ def ade20k(at: Path, split: str) -> Pictures:
 def cityscapes(at: Path, split: str) -> Pictures:
     """leftImg8bit/{train,val} and gtFine/{train,val}, from www.cityscapes-dataset.com"""
     found = torchvision.datasets.Cityscapes(str(at), split, target_type="semantic")
-    kept = {c.train_id: c for c in found.classes if 0 <= c.train_id < 255}
-    ids = torch.full((256,), 255, dtype=torch.uint8)
-    for c in kept.values():
-        ids[c.id] = c.train_id
-    rows = sorted(zip(found.images, (t[0] for t in found.targets)))
-    return Pictures([{"image": a, "mask": b} for a, b in rows], ids=ids,
-                    classes=tuple(kept[i].name for i in range(19)))
+    classes, ids = {}, torch.full((256,), 255, dtype=torch.uint8)
+    for c in found.classes:
+        if 0 <= c.train_id < 255:  # the 19 that are judged
+            classes[c.train_id] = c.name
+            ids[c.id] = c.train_id
+    rows = [{"image": image, "mask": mask}  # sorted: they come in the disk's order
+            for image, (mask,) in sorted(zip(found.images, found.targets))]
+    return Pictures(rows, ids=ids, classes=tuple(classes[i] for i in range(19)))
 
 
 def listed(file: Path, images: Path, depths: Path) -> list[dict]:
     """Lines "PICTURE DEPTH ..." -> rows; pictures without depth ("None") are left out."""
-    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    if short := [line for line in lines if len(line) < 2]:
-        raise OSError(f"{file} has a line {short[0][0]!r} without a second name")
-    return [{"image": str(images / a.strip("/")), "depth": str(depths / b.strip("/"))}
-            for a, b, *_ in lines if b != "None"]
+    rows = []
+    for line in file.read_text().splitlines():
+        words = line.split()
+        if len(words) == 1:
+            raise OSError(f"{file} has a line {words[0]!r} without a second name")
+        if words and words[1] != "None":
+            image, depth = images / words[0].strip("/"), depths / words[1].strip("/")
+            rows.append({"image": str(image), "depth": str(depth)})
+    return rows
 
 
-EIGEN, GARG = (slice(45, 471), slice(41, 601)), (slice(143, 349), slice(43, 1172))
+LISTS = {"train": "train", "val": "test"}  # our split -> the word in the names of the lists
+EIGEN = slice(45, 471), slice(41, 601)  # rows and columns in which depth is judged
+GARG = slice(143, 349), slice(43, 1172)
 
 
 def nyu(at: Path, split: str) -> Pictures:
     """nyu_train.txt and nyu_test.txt, lines "PICTURE DEPTH FOCAL", from the splits of
     github.com/zhyever/Monocular-Depth-Estimation-Toolbox; and what they name, from
     github.com/cleinc/bts"""
-    if split == "train":
-        return Pictures(listed(at / "nyu_train.txt", at, at))
-    return Pictures(listed(at / "nyu_test.txt", at, at), region=EIGEN)
+    rows = listed(at / f"nyu_{LISTS[split]}.txt", at, at)
+    return Pictures(rows, region=EIGEN if split == "val" else None)
 
 
 def kitti(at: Path, split: str) -> Pictures:
     """kitti_eigen_train.txt and kitti_eigen_test.txt, lines "PICTURE DEPTH FOCAL", from the splits
     of github.com/zhyever/Monocular-Depth-Estimation-Toolbox; pictures in input/, from
     www.cvlibs.net/datasets/kitti/raw_data.php; depth in gt_depth/, from eval_depth.php there"""
-    name = f"kitti_eigen_{'train' if split == 'train' else 'test'}.txt"
-    return Pictures(listed(at / name, at / "input", at / "gt_depth"), unit=1 / 256, max_depth=80.0,
-                    frame=(352, 1216), region=None if split == "train" else GARG)
+    rows = listed(at / f"kitti_eigen_{LISTS[split]}.txt", at / "input", at / "gt_depth")
+    region = GARG if split == "val" else None
+    return Pictures(rows, max_depth=80.0, unit=1 / 256, lower=(352, 1216), region=region)
 
 
 def sunrgbd(at: Path, split: str) -> Pictures:
@@ -454,14 +463,13 @@ def sunrgbd(at: Path, split: str) -> Pictures:
     if split == "train":
         return nyu(at / "nyu", split)
     at = at / "SUNRGBD"
-    return Pictures(listed(at / "SUNRGBD_val_splits.txt", at, at), rotated=True, max_depth=8.0,
-                    cut=True, region=EIGEN)
+    rows = listed(at / "SUNRGBD_val_splits.txt", at, at)
+    return Pictures(rows, sunrgbd=True, max_depth=8.0, region=EIGEN)
 
 
 def imagefolder(at: Path, split: str) -> Pictures:
     """train/CLASS/ and val/CLASS/ with pictures"""
-    found = torchvision.datasets.ImageFolder(
-        at / split, is_valid_file=lambda f: f.lower().endswith(KINDS) and Path(f).name[0] != ".")
+    found = torchvision.datasets.ImageFolder(at / split, is_valid_file=is_picture)
     rows = [{"image": file, "label": label} for file, label in found.samples]
     return Pictures(rows, labels=tuple(found.classes))
 
@@ -472,9 +480,9 @@ OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunr
 @lru_cache(maxsize=4)
 def rendered(split: str, size: int, n: int, device: torch.device) -> Pictures:
     """The first n Scenes of a split; made once in a process."""
-    memory = Scenes(split, size)(torch.arange(n, device=device))
-    return Pictures(memory=memory, classes=Scenes.classes, labels=Scenes.labels,
-                    max_depth=Scenes.max_depth)
+    world = scenes.Scenes(split, size)
+    return Pictures(memory=world(torch.arange(n, device=device)), classes=world.classes,
+                    labels=world.labels, max_depth=world.max_depth, device=device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,29 +538,26 @@ PROTOCOLS = {
 def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
     """The training and the test split. ValueError: what is missing, expected, and had where."""
     if data == "scenes":
-        if p.split == "probe":
-            raise ValueError("--split probe: heads are trained on it; give test, val or train")
-        size = max(round(p.image_size / patch), 1) * patch if p.image_size else 8 * patch
+        need(p.split != "probe", "--split probe: heads are trained on it; give test, val or train")
+        size = whole_patches(p.image_size, patch) or 8 * patch
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     at, sets = Path(root or f"data/{data}"), []
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
     for split in ("train", "val"):
         try:
             found = OPEN[data](at, split)
-        except (OSError, RuntimeError, KeyError) as err:
+        except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
             raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
-        files = [row[k] for row in found.rows for k in ("image", "mask", "depth") if k in row]
-        missing = [file for file in files if not os.path.exists(file)]
-        if not files:
-            raise ValueError(f"no picture in split {split}; {wanted}")
-        if missing:
-            raise ValueError(f"{len(missing)} of {len(files)} files are missing, as {missing[0]}; "
-                             f"{wanted}")
-        sets.append(replace(found, size=p.image_size, crop=p.crop, patch=patch))
-    if data == "imagefolder" and not p.image_size:
-        raise ValueError("--image-size 0: imagefolder cuts all pictures to one side; give it")
-    if sets[0].labels != sets[1].labels:
-        raise ValueError(f"train/ and val/ of {at} have other classes; {wanted}")
+        need(found.rows, f"no picture in split {split}; {wanted}")
+        files = [path for row in found.rows for kind, path in row.items() if kind != "label"]
+        missing = [file for file in files if not os.path.exists(file)]  # now, not hours later
+        count = f"{len(missing)} of {len(files)}"
+        need(not missing, f"{count} files are missing, as {''.join(missing[:1])}; {wanted}")
+        sets.append(replace(found, device=device, size=p.image_size, crop=p.crop, patch=patch))
+    need(data != "imagefolder" or p.image_size,
+         "--image-size 0: imagefolder cuts all pictures to one side; give it")
+    same = sets[0].labels == sets[1].labels  # or a label would mean two things
+    need(same, f"train/ and val/ of {at} have other classes; {wanted}")
     return sets
 
 
@@ -585,35 +590,36 @@ def bar(stream, title: str, total: int):
 def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
     and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D)."""
-    with torch.autocast(img.device.type, torch.bfloat16, enabled=img.is_cuda):
+    with torch.autocast(img.device.type, torch.bfloat16, enabled=img.is_cuda):  # as in training
         out = model(normalise(img / 255), layer=p.layer)
-    cls, x = out["cls"].float(), out["patches"].float()
-    image = torch.cat([cls, x.mean(1)], 1)
+    cls, x = out["cls"].float(), out["patches"].float()  # (B, D), (B, N, D)
+    whole = torch.cat([cls, x.mean(1)], 1)
     if p.cat_cls:
         x = torch.cat([x, cls[:, None].expand_as(x)], 2)
     rows = img.shape[-2] // model.config.patch
-    return x.unflatten(1, (rows, -1)), image
+    return x.unflatten(1, (rows, -1)), whole
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The same things of several batches, one after the other."""
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
 
 def features(model: ViT, data: Pictures, p: Protocol, dense: bool, workers: int) -> dict:
-    """Every picture of a split, once: `image` (n, 2 D) and `label`, if it has labels; dense: also
-    `x` (n, h, w, D), `mask` and `depth`."""
-    device, out = next(model.parameters()).device, {}
-    order = [i.tolist() for i in torch.arange(len(data)).split(50)]
-    for i, batch in zip(order, bar(data.batches(order, workers), "frozen features", len(order))):
-        x, image = tokens(model, batch["image"].to(device), p)
-        found = {"image": image} | {k: batch[k] for k in ("label",) if k in batch}
+    """Of all pictures: `whole` (n, 2 D), `label`; dense: also `x` (n, h, w, D), `mask`, `depth`."""
+    parts = []
+    order = [numbers.tolist() for numbers in torch.arange(len(data)).split(50)]
+    for batch in bar(data.batches(order, workers), "frozen features", len(order)):
+        x, whole = tokens(model, batch.pop("image"), p)
+        batch["whole"] = whole
         if dense:
-            found |= {"x": x} | {k: batch[k] for k in ("mask", "depth") if k in batch}
-        for k, v in found.items():
-            if k not in out:  # in place from the start: half the memory of a list that is joined
-                out[k] = v.new_empty(len(data), *v.shape[1:], device=device)
-            out[k][i] = v.to(device)
-    return out
+            batch["x"] = x
+        parts.append({kind: v for kind, v in batch.items() if dense or kind in ("whole", "label")})
+    return joined(parts)
 
 
 # --------------------------------------------------------------------------------------------------
-# Dense heads: one linear layer on every patch.
+# Dense probes: one linear layer on every patch, its losses, its training, its answers.
 
 
 @lru_cache(maxsize=64)
@@ -629,20 +635,22 @@ class Head(nn.Module):
     def __init__(self, task: str, width: int, classes: int, max_depth: float, bins: int = 256):
         super().__init__()
         self.task = task
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = nn.BatchNorm1d(width)  # one rate suits features of any scale
         self.linear = nn.Linear(width, classes if task == "seg" else bins)
-        self.register_buffer("bins", torch.linspace(1e-3, max_depth, bins))  # metres
+        metres = torch.linspace(1e-3, max_depth, bins)  # not from 0, which has no logarithm
+        self.register_buffer("bins", metres)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(B, h, w, D), and weights of upsampling, rows (H, h), columns (W, w) -> logits
         (B, classes, H, W), or depth in metres (B, H, W)."""
-        x = self.linear(self.norm(x.flatten(0, 2))).unflatten(0, x.shape[:3])  # (B, h, w, classes)
+        flat = self.linear(self.norm(x.flatten(0, 2)))  # (B h w, classes)
+        x = flat.unflatten(0, x.shape[:3])  # (B, h, w, classes)
         if self.task == "depth":  # sum of weights x bins / sum of weights, weights relu + 0.1
             bins = torch.stack([self.bins, torch.ones_like(self.bins)], 1)  # (256, 2)
-            total = x.relu() @ bins + 0.1 * bins.sum(0)
-            x = total[..., :1] / total[..., 1:]  # (B, h, w, 1)
+            sums = x.relu() @ bins + 0.1 * bins.sum(0)  # (B, h, w, 2)
+            x = sums[..., :1] / sums[..., 1:]  # (B, h, w, 1)
         x = rows @ x.movedim(-1, 1) @ columns.T  # (B, classes, H, W)
         return x if self.task == "seg" else x[:, 0]
 
@@ -652,9 +660,9 @@ def silog(predicted: Tensor, truth: Tensor) -> Tensor:
     valid pixels (truth > 0, in metres); 0 where there is none."""
     valid = truth > 0
     if not valid.any():
-        return predicted.sum() * 0
+        return predicted.sum() * 0  # a 0 that still has a gradient
     g = predicted[valid].log() - truth[valid].log()
-    return (g.var(unbiased=False) + 0.15 * g.mean() ** 2 + 1e-8).sqrt()
+    return (g.var(unbiased=False) + 0.15 * g.mean() ** 2 + 1e-8).sqrt()  # 1e-8: a slope at 0
 
 
 def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -664,76 +672,83 @@ def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return total / (batch["mask"] != 255).sum().clamp(min=1)  # a batch may be all ignored
 
 
-def train_heads(model: ViT, data: Pictures, index: Tensor, cache: dict, p: Protocol,
+def drawn(index: Tensor, p: Protocol):
+    """Each iteration's pictures, out of `index`; with four uniform numbers for each one's crop."""
+    draw = torch.Generator().manual_seed(p.seed)
+    for _ in range(p.iterations):
+        numbers = index[torch.randint(len(index), (p.batch_size,), generator=draw)].tolist()
+        if p.crop:
+            numbers = list(zip(numbers, torch.rand(p.batch_size, 4, generator=draw).tolist()))
+        yield numbers
+
+
+def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
                 workers: int) -> dict[tuple[float, str], Head]:
-    """Train on the pictures `index` of a split, from cached features (x, mask, depth) or, without a
-    cache, with the backbone in the loop. Returns a head for every (rate in p.lr, dense task)."""
-    device, patch = next(model.parameters()).device, model.config.patch
-    draw, width = torch.Generator().manual_seed(p.seed), model.config.width * (1 + p.cat_cls)
+    """Train on the pictures `index` of a split, from features `x` in its memory or, where there are
+    none, with the backbone in the loop. Returns a head for every (rate in p.lr, dense task)."""
+    width, heads = model.config.width * (1 + p.cat_cls), {}
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU: the same on all devices
-        torch.manual_seed(p.seed)
-        new = [Head(t, width, len(data.classes), data.max_depth) for t in p.tasks if t in DENSE]
-    heads = {(lr, h.task): copy.deepcopy(h).to(device) for lr in p.lr for h in new}
+        for lr in p.lr:
+            torch.manual_seed(p.seed)  # and the same for all rates
+            for task in [task for task in p.tasks if task in DENSE]:
+                head = Head(task, width, len(data.classes), data.max_depth)
+                heads[lr, task] = head.to(data.device)
     groups = [{"params": head.parameters(), "lr": lr} for (lr, _), head in heads.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    rise, n = max(p.warmup * p.iterations, 1), p.iterations
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / rise, (n - t) / max(n - rise, 1), 1))
-
-    drawn = (index[torch.randint(len(index), (p.batch_size,), generator=draw)] for _ in range(n))
-    if cache:
-        stream = ({k: v[i.to(device)] for k, v in cache.items()} for i in drawn)
-    elif p.crop:
-        crops = (list(zip(i.tolist(), torch.rand(len(i), 4, generator=draw).tolist()))
-                 for i in drawn)
-        stream = data.batches(crops, workers)
-    else:
-        stream = data.batches((i.tolist() for i in drawn), workers)
-    phase, s = torch.Generator().manual_seed(p.seed), max(patch // 2, 1)
-    for batch in bar(stream, "training heads", n):
-        batch = {k: v.to(device) for k, v in batch.items()}
-        x = batch["x"] if cache else tokens(model, batch["image"], p)[0]
-        # The loss looks at every s-th row and column, from a random first one: in the mean the same
-        # as at all of them, for a part of the work.
+    rise = max(p.warmup * p.iterations, 1)  # iterations of warm-up
+    fall = max(p.iterations - rise, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, and then down to 0
+        optimizer, lambda t: min((t + 1) / rise, (p.iterations - t) / fall, 1))
+    # At every s-th row and column from a random first one, the mean loss is that of all pixels.
+    phase, s = torch.Generator().manual_seed(p.seed), max(model.config.patch // 2, 1)
+    for batch in bar(data.batches(drawn(index, p), workers), "training heads", p.iterations):
+        x = batch["x"] if "x" in batch else tokens(model, batch["image"], p)[0]  # (B, h, w, D)
         top, left = torch.randint(s, (2,), generator=phase).tolist()
-        truth = {k: batch[k] for k in ("mask", "depth") if k in batch}
+        truth = {kind: batch[kind] for kind in ("mask", "depth") if kind in batch}
         h, w = next(iter(truth.values())).shape[1:]
-        truth = {k: v[:, top::s, left::s] for k, v in truth.items()}
-        rows = bilinear(x.shape[1], h, device)[top::s]
-        columns = bilinear(x.shape[2], w, device)[left::s]
-        losses = [head_loss(h.task, h(x, rows, columns), truth) for h in heads.values()]
+        truth = {kind: v[:, top::s, left::s] for kind, v in truth.items()}
+        rows = bilinear(x.shape[1], h, x.device)[top::s]
+        columns = bilinear(x.shape[2], w, x.device)[left::s]
+        # The heads share nothing, so the sum trains each as if it were alone.
+        loss = sum(head_loss(head.task, head(x, rows, columns), truth) for head in heads.values())
         optimizer.zero_grad()
-        sum(losses).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     return {key: head.eval() for key, head in heads.items()}
 
 
 @torch.no_grad()
+def look(model: ViT, heads: list[Head], img: Tensor, p: Protocol) -> dict[str, Tensor]:
+    """uint8 (B, 3, H, W), one window -> logits and depth of its pixels."""
+    rows, columns = (bilinear(n // model.config.patch, n, img.device) for n in img.shape[-2:])
+    x, _ = tokens(model, img, p)
+    out = {head.task: head(x, rows, columns) for head in heads}
+    if p.flip:  # what is true of a scene is true of its mirror image
+        mirrored = look(model, heads, img.flip(-1), replace(p, flip=False))
+        out = {task: (v + mirrored[task].flip(-1)) / 2 for task, v in out.items()}
+    return out
+
+
 def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> dict[str, Tensor]:
     """uint8 (B, 3, H', W') -> logits and depth at `size` (H, W), in windows and mirrored as the
     protocol says."""
-    (h, w), win = img.shape[-2:], p.window or max(img.shape[-2:])
-    step = max(win * 2 // 3, 1)
-    tops, lefts = ([*range(0, n - win, step), max(n - win, 0)] for n in (h, w))
-    total, times = {}, torch.zeros(h, w, device=img.device)
+    h, w = img.shape[-2:]
+    window = p.window or max(h, w)
+    step = max(window * 2 // 3, 1)  # a third overlaps, and the last one ends with the picture
+    tops = [*range(0, h - window, step), max(h - window, 0)]
+    lefts = [*range(0, w - window, step), max(w - window, 0)]
+    sums, times = {}, torch.zeros(h, w, device=img.device)
     for top, left in product(tops, lefts):
-        at = ..., slice(top, top + win), slice(left, left + win)
-        lines = [bilinear(n // model.config.patch, n, img.device) for n in img[at].shape[-2:]]
-        x = tokens(model, img[at], p)[0]
-        mirrored = tokens(model, img[at].flip(-1), p)[0] if p.flip else None
-        for head in heads:
-            out = head(x, *lines)
-            if p.flip:
-                out = (out + head(mirrored, *lines).flip(-1)) / 2
-            if head.task not in total:
-                total[head.task] = out.new_zeros(*out.shape[:-2], h, w)
-            total[head.task][at] += out
-        times[at] += 1
-    mean = {task: v / times for task, v in total.items()}
-    if (h, w) == tuple(size):
+        at = ..., slice(top, top + window), slice(left, left + window)
+        for task, out in look(model, heads, img[at], p).items():
+            zeros = out.new_zeros(*out.shape[:-2], h, w)
+            sums.setdefault(task, zeros)[at] += out
+        times[at] += 1  # (h, w): how many windows see a pixel
+    mean = {task: v / times for task, v in sums.items()}
+    if (h, w) == tuple(size):  # the label's pixels are the picture's
         return mean
-    rows, columns = (bilinear(n, m, img.device) for n, m in zip((h, w), size))
+    rows, columns = bilinear(h, size[0], img.device), bilinear(w, size[1], img.device)
     return {task: rows @ v @ columns.T for task, v in mean.items()}
 
 
@@ -745,8 +760,8 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
     """DINO's weighted k-NN: [CLS] (n, D), labels (n,), [CLS] (m, D) -> classes (m,). The k nearest
     by cosine vote, with weight exp(cosine / 0.07)."""
     x, out = F.normalize(x, dim=1), []
-    for part in F.normalize(test, dim=1).split(256):
-        cosine, near = (part @ x.T).topk(min(k, len(x)), dim=1)
+    for part in F.normalize(test, dim=1).split(256):  # all at once might not fit
+        cosine, near = (part @ x.T).topk(min(k, len(x)), dim=1)  # (256, k)
         votes = F.one_hot(labels[near], classes) * torch.exp(cosine / 0.07)[..., None]
         out.append(votes.sum(1).argmax(1))
     return torch.cat(out)
@@ -755,13 +770,11 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
 PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4  # of the squared weights / 2, beside the mean cross-entropy
 
 
-def softmax_regression(x: Tensor, labels: Tensor, classes: int, penalty: float,
-                       weight: Tensor | None = None) -> Tensor:
+def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float) -> Tensor:
     """x (n, D), the last column 1 -> weight (D, classes) that has the least mean cross-entropy +
-    penalty / 2 |weight|^2, the bias (last row) left out; looked for from `weight` on."""
-    weight = x.new_zeros(x.shape[1], classes) if weight is None else weight.clone()
-    weight.requires_grad_()
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,
+    penalty / 2 |weight|^2, the bias (last row) left out; looked for from `start` on."""
+    weight = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,  # no rate to choose
                                   line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -777,23 +790,24 @@ def softmax_regression(x: Tensor, labels: Tensor, classes: int, penalty: float,
 def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tensor, str]:
     """[CLS] beside the mean patch, (n, 2 D) and (m, 2 D) -> classes (m,), and which input and
     penalty were best on a fifth of the training pictures that the choice was not trained on."""
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, test = (F.pad((v - mean) / std, (0, 1), value=1) for v in (x, test))  # the bias
-    cls = torch.arange(x.shape[1], device=x.device)
-    inputs = {"[CLS]": torch.cat([cls[: x.shape[1] // 2], cls[-1:]]), "[CLS] and mean patch": cls}
-    held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % 5 == 0
-    held = held.to(x.device)  # in no order that the set may have
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a feature may be constant
+    x, test = (F.pad((v - mean) / std, (0, 1), value=1) for v in (x, test))  # 1: for the bias
+    both = torch.arange(x.shape[1], device=x.device)
+    cls = torch.cat([both[: len(both) // 2], both[-1:]])
+    inputs = {"[CLS]": cls, "[CLS] and mean patch": both}  # name -> columns
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held = (order % 5 == 0).to(x.device)  # in no order that the set may have
     best, chosen = -1, None
     for name, columns in inputs.items():
-        weight = None  # the one of a larger penalty is a good start for the next
-        for penalty in PENALTIES:
-            weight = softmax_regression(x[~held][:, columns], labels[~held], classes, penalty,
-                                        weight)
-            right = ((x[held][:, columns] @ weight).argmax(1) == labels[held]).sum().item()
+        part, weight = x[:, columns], x.new_zeros(len(columns), classes)
+        for penalty in PENALTIES:  # the optimum of a larger one is a good start for the next
+            weight = softmax_regression(part[~held], labels[~held], weight, penalty)
+            guess = (part[held] @ weight).argmax(1)
+            right = (guess == labels[held]).sum().item()
             if right > best:
-                best, chosen = right, (name, columns, penalty, weight)
-    name, columns, penalty, weight = chosen
-    weight = softmax_regression(x[:, columns], labels, classes, penalty, weight)
+                best, chosen = right, (name, columns, weight, penalty)
+    name, columns, weight, penalty = chosen
+    weight = softmax_regression(x[:, columns], labels, weight, penalty)  # on all of them
     return (test[:, columns] @ weight).argmax(1), f"{name}, penalty {penalty:g}"
 
 
@@ -803,31 +817,32 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Class maps (B, H, W) -> counts (B, classes, classes), row = truth; truth 255 is ignored."""
-    bins = classes**2 + 1  # of a picture; the last is for what is ignored
-    pair = torch.where(truth == 255, classes**2, truth.long() * classes + predicted)
-    pair = pair + bins * torch.arange(len(pair), device=pair.device)[:, None, None]
-    counts = torch.bincount(pair.flatten(), minlength=len(truth) * bins)
-    return counts.view(len(truth), bins)[:, :-1].unflatten(1, (classes, classes))
+    counts = []
+    for guess, true in zip(predicted, truth):
+        known = true != 255
+        pair = true[known].long() * classes + guess[known]  # (pixels,): a number for each pair
+        counts.append(torch.bincount(pair, minlength=classes**2).view(classes, classes))
+    return torch.stack(counts)
 
 
 def class_iou(counts: Tensor) -> Tensor:
     """(..., C, C) -> intersection over union per class (..., C), in [0, 1]; NaN: nobody has it."""
-    hit = counts.diagonal(dim1=-2, dim2=-1).double()
+    hit = counts.diagonal(dim1=-2, dim2=-1).double()  # (..., C)
     return hit / (counts.sum(-1) + counts.sum(-2) - hit)
 
 
 def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Depths p, t (B, H, W) in metres -> per picture (B,), over its valid pixels, t > 0: rmse
-    sqrt(mean((p - t)^2)), metres; absrel mean(|p - t| / t); delta1, % of max(p / t, t / p) < 1.25.
-    NaN where none is valid."""
+    """Depths p, t (B, H, W) in metres -> per picture (B,), of its valid pixels, t > 0: rmse, the
+    root of mean (p - t)^2; absrel; delta1 in %; see the top. NaN where no pixel is valid."""
     valid = truth > 0
 
     def mean(v: Tensor) -> Tensor:
         return (v * valid).flatten(1).sum(1) / valid.flatten(1).sum(1)
 
     ratio = predicted / torch.where(valid, truth, 1)
+    near = torch.maximum(ratio, 1 / ratio) < 1.25
     return {"rmse": mean((predicted - truth) ** 2).sqrt(), "absrel": mean((ratio - 1).abs()),
-            "delta1": 100 * mean((torch.maximum(ratio, 1 / ratio) < 1.25).float())}
+            "delta1": 100 * mean(near.float())}
 
 
 def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Tensor]:
@@ -835,26 +850,31 @@ def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, 
     weight (R, n): how often each picture counts, in R cases; None: one case, once each."""
     weight = torch.ones(1, len(stats["picture"])).double() if weight is None else weight
     out = {}
-    if "counts" in stats:
-        counts = weight @ stats["counts"].flatten(1).cpu().double()
-        out["miou"] = 100 * class_iou(counts.unflatten(1, stats["counts"].shape[1:])).nanmean(1)
-    for name in METRICS.keys() & stats.keys():
-        value = stats[name].cpu().double()
-        known = ~value.isnan()
-        out[name] = weight @ torch.where(known, value, 0) / (weight * known).sum(1)
-    return {name: out[name] for name in METRICS if name in out}
+    for name in METRICS:
+        if name == "miou" and "counts" in stats:
+            counts = weight @ stats["counts"].flatten(1).cpu().double()  # (R, C C)
+            counts = counts.unflatten(1, stats["counts"].shape[1:])
+            out[name] = 100 * class_iou(counts).nanmean(1)
+        elif name in stats:
+            value = stats[name].cpu().double()
+            known = ~value.isnan()  # a picture without valid depth does not count
+            out[name] = weight @ torch.where(known, value, 0) / (weight * known).sum(1)
+    return out
 
 
 def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, float, float]]:
     """Two models' numbers of the same pictures -> b - a of every metric, and its 95 % interval over
     test pictures (paired bootstrap; it knows nothing of another training seed)."""
-    n, out = len(a["picture"]), {}
+    n = len(a["picture"])
     draw = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    weight = torch.zeros(draws, n).scatter_add_(1, draw, torch.ones(draws, n)).double()
-    (once_a, many_a), (once_b, many_b) = ((scores(s), scores(s, weight)) for s in (a, b))
-    for k in once_a:
-        interval = (many_b[k] - many_a[k]).quantile(torch.tensor([0.025, 0.975]).double())
-        out[k] = ((once_b[k] - once_a[k]).item(), *interval.tolist())
+    weight = torch.stack([d.bincount(minlength=n) for d in draw]).double()  # (draws, n)
+    once_a, once_b = scores(a), scores(b)
+    many_a, many_b = scores(a, weight), scores(b, weight)  # the same draws for both: paired
+    ends = torch.tensor([0.025, 0.975]).double()
+    out = {}
+    for name in once_a:
+        low, high = (many_b[name] - many_a[name]).quantile(ends).tolist()
+        out[name] = (once_b[name] - once_a[name]).item(), low, high
     return out
 
 
@@ -863,114 +883,120 @@ def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, fl
 
 
 def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Protocol, workers: int,
-          keep: int = 0) -> tuple[dict[str, Tensor], list[dict]]:
-    """Test on the pictures `index` of a split: numbers of each picture, in rows, and pictures with
-    what was predicted, of the first `keep`."""
-    device, stats, shots = next(model.parameters()).device, {}, []
-    single = heads and not data.memory  # of any size
-    order = [i.tolist() for i in index.split(1 if single else 50)]
+          keep: int = 0) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Test on the pictures `index` of a split: numbers of each picture; and the first `keep`
+    pictures, what is true of them, and what was predicted."""
+    parts, shots = [], {}
+    some = 50 if data.memory else 1  # on disk, pictures may have any size
+    order = [numbers.tolist() for numbers in index.split(some)]
     for batch in bar(data.batches(order, workers), "testing", len(order)):
-        batch = {k: v.to(device) for k, v in batch.items()}
-        out, row = {}, {"picture": torch.ones(len(batch["image"]))}
-        if heads:
-            size = next(batch[k].shape[-2:] for k in ("mask", "depth") if k in batch)
-            out = predict(model, heads, batch["image"], size, p)
-        if {"cls", "knn"} & set(p.tasks):
-            row |= {"image": tokens(model, batch["image"], p)[1], "label": batch["label"]}
+        labels = batch["mask"] if "mask" in batch else batch["depth"]
+        out = predict(model, heads, batch["image"], labels.shape[-2:], p)
+        part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}
         if "seg" in out:
-            out["seg"] = out["seg"].argmax(1)
-            row["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
+            out["seg"] = out["seg"].argmax(1)  # (B, H, W)
+            part["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
         if "depth" in out:
             out["depth"] = out["depth"].clamp(max=data.max_depth)
-            row |= depth_errors(out["depth"], batch["depth"])
-        for k, v in row.items():
-            stats.setdefault(k, []).append(v)
-        for i in range(min(len(batch["image"]), keep - len(shots))):
-            shots.append({"picture": batch["image"][i].cpu()}
-                         | {f"true {task}": batch[kind][i].cpu()
-                            for task, kind in zip(DENSE, ("mask", "depth")) if task in out}
-                         | {f"predicted {task}": v[i].cpu() for task, v in out.items()})
-    stats = {k: torch.cat(v) for k, v in stats.items()}
-    if "counts" in stats and not stats["counts"].any():
-        raise ValueError("no picture has a pixel with a class: all masks are 255, ignored")
+            part |= depth_errors(out["depth"], batch["depth"])
+        parts.append(part)
+        tiles |= {f"true {task}": batch[LABEL[task]] for task in out}
+        tiles |= {f"predicted {task}": v for task, v in out.items()}
+        for words, v in tiles.items():
+            row = shots.setdefault(words, [])
+            row.extend(v[: keep - len(row)].cpu())
+    stats = joined(parts)
+    need("counts" not in stats or stats["counts"].any(),
+         "no picture has a pixel with a class: all masks are 255, ignored")
     if "rmse" in stats and stats["rmse"].isnan().all():
         raise ValueError(f"no picture has valid depth, above 0 and up to {data.max_depth:g} m; the "
                          f"first is {data.rows[index[0]]['depth']}")
     return stats, shots
 
 
-def best_heads(model: ViT, train: Pictures, cache: dict, p: Protocol, workers: int):
-    """A trained head for each dense task, and the rate that each was trained with: of several, the
-    one that is best on a tenth of the pictures, which is then held back from training."""
-    tasks, every = [t for t in p.tasks if t in DENSE], torch.arange(len(train))
-    held = every % 10 == 0 if len(p.lr) > 1 else every < 0
-    trained = train_heads(model, train, every[~held], cache, p, workers)
-    sound = [lr for lr in p.lr if all(v.isfinite().all() for t in tasks
-                                      for v in trained[lr, t].parameters())]
-    if not sound:
-        raise ValueError(f"the heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
-    losses = {}  # {(rate, task): the smaller the better}
-    for lr in sound if held.any() else ():
-        some = [trained[lr, task] for task in tasks]
-        stats, _ = judge(model, some, train, every[held], replace(p, tasks=tuple(tasks)), workers)
-        found = scores(stats)
-        losses |= {(lr, "seg"): -found.get("miou", 0), (lr, "depth"): found.get("rmse", 0)}
-    best = {task: min(sound, key=lambda lr: losses.get((lr, task), 0)) for task in tasks}
-    return [trained[best[t], t] for t in tasks], {t: f"lr {best[t]:g}" for t in tasks}
+def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
+               workers: int) -> dict[str, tuple[float, Head]]:
+    """A trained head for each dense task, and its rate: of several, the one that is best on a tenth
+    of the pictures, which is then held back from training. seen: `train`, or its features."""
+    every = torch.arange(len(train))
+    held = every % 10 == 0 if len(p.lr) > 1 else every < 0  # of one rate: none, nothing to choose
+    trained = train_heads(model, seen, every[~held], p, workers)
+    tasks = [task for task in p.tasks if task in DENSE]
+    sound, loss = [], {}  # loss: {(rate, task): the smaller the better}
+    for lr in p.lr:
+        heads = [trained[lr, task] for task in tasks]
+        weights = torch.cat([v.flatten() for head in heads for v in head.parameters()])
+        if not weights.isfinite().all():  # a rate too many is no reason to lose the others
+            continue
+        sound.append(lr)
+        if held.any():
+            found = scores(judge(model, heads, train, every[held], p, workers)[0])
+            loss[lr, "seg"], loss[lr, "depth"] = -found.get("miou", 0), found.get("rmse", 0)
+    need(sound, f"the heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
+    best = {}
+    for task in tasks:
+        lr = min(sound, key=lambda lr: loss.get((lr, task), 0))
+        best[task] = lr, trained[lr, task]
+    return best
 
 
 def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | None = None,
-             workers: int = 0, keep: int = 0, cache_gib: float = 4.0) -> tuple[dict, dict, list]:
+             workers: int = 0, keep: int = 0, cache_gib: float = 4.0) -> tuple[dict, dict, dict]:
     """All tasks of a protocol, on a frozen model in eval mode, on its device.
 
-    Returns the result (metrics as in `scores`, IoU per class in %, protocol, seconds), the numbers
-    of every test picture, and pictures with predictions. Features of whole pictures are computed
-    once if they and their labels take no more than cache_gib. ValueError: whatever is wrong with
-    the data or the protocol.
-    """
-    start, p, patch = time.time(), p or PROTOCOLS[data], model.config.patch
-    if p.layer is not None and p.layer > model.config.depth:
-        raise ValueError(f"--layer {p.layer} is outside 1 to {model.config.depth}, the depth here")
-    crop, window = (side and max(round(side / patch), 1) * patch for side in (p.crop, p.window))
-    p = replace(p, crop=crop, window=window)  # whole patches
+    Returns the result (metrics, IoU per class in %, protocol, seconds), the numbers of every test
+    picture, and rows of `keep` pictures with predictions. Features of whole pictures are computed
+    once if they take no more than cache_gib. ValueError: what is wrong with data or protocol."""
+    start, p = time.time(), p or PROTOCOLS[data]
+    depth, width, patch = model.config.depth, model.config.width, model.config.patch
+    need(p.layer is None or p.layer <= depth,
+         f"--layer {p.layer} is outside 1 to {depth}, the depth here")
+    p = replace(p, crop=whole_patches(p.crop, patch), window=whole_patches(p.window, patch))
     train, test = open_set(data, root, p, patch, next(model.parameters()).device)
-
-    kinds = set.intersection(*(set(s.memory or s.rows[0]) for s in (train, test)))
-    needs = {"seg": "mask", "depth": "depth", "cls": "label", "knn": "label"}
-    able = [task for task in TASKS if needs[task] in kinds]
-    if p.tasks != PROTOCOLS[data].tasks and set(p.tasks) - set(able):
-        raise ValueError(f"--tasks {','.join(p.tasks)}: here {data} has what it takes for "
-                         f"{','.join(able)} only")
+    kinds = set(train.memory or train.rows[0]) & set(test.memory or test.rows[0])
+    able = [task for task in TASKS if LABEL[task] in kinds]
+    asked = p.tasks != PROTOCOLS[data].tasks  # the usual tasks are cut down to what is there
+    need(not asked or set(p.tasks) <= set(able),
+         f"--tasks {','.join(p.tasks)}: here {data} has what it takes for {','.join(able)} only")
     p = replace(p, tasks=tuple(task for task in p.tasks if task in able))
-    if len(train) < 2 and ("cls" in p.tasks or len(p.lr) > 1):
-        raise ValueError("one training picture is too few to choose a learning rate by; give more")
+    need(len(train) > 1 or ("cls" not in p.tasks and len(p.lr) == 1),
+         "one training picture is too few to choose a learning rate by; give more")
+    dense, of_pictures = set(p.tasks) & set(DENSE), set(p.tasks) - set(DENSE)
 
-    # Features, once if they fit; then heads on them; then the test set.
-    h, w = (train.memory["image"][0] if train.memory else train[0]["image"]).shape[-2:]
-    bytes_each = h * w * (4 * model.config.width * (1 + p.cat_cls) / patch**2 + 5)
+    # 1. Features, once if they fit: every crop would have other ones.
+    first = train.memory["image"][0] if train.memory else train[0]["image"]
+    h, w = first.shape[-2:]
+    bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
     fits = len(train) * bytes_each <= cache_gib * 2**30
-    dense, image = set(p.tasks) & set(DENSE), set(p.tasks) & {"cls", "knn"}
-    once = bool(dense) and not p.crop and fits
-    known = features(model, train, p, once, workers) if once or image else {}
-    cache = {k: known.pop(k) for k in ("x", "mask", "depth") if k in known}
-    heads, chosen = best_heads(model, train, cache, p, workers) if dense else ([], {})
-    stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
-    if "cls" in p.tasks:
-        guess, chosen["cls"] = linear(known["image"], known["label"], stats["image"],
-                                      len(train.labels))
-        stats["linear"] = 100.0 * (guess == stats["label"])
-    if "knn" in p.tasks:
-        cls, test_cls = (v[:, : model.config.width] for v in (known["image"], stats["image"]))
-        guess = knn(cls, known["label"], test_cls, len(train.labels))
-        stats["knn"] = 100.0 * (guess == stats["label"])
+    once = bool(dense) and fits and not p.crop
+    known = features(model, train, p, once, workers) if once or of_pictures else {}
 
-    result = {k: v.item() for k, v in scores(stats).items()}
+    # 2. Heads on them, then the test set.
+    stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}
+    if dense:
+        seen = replace(train, memory=known) if once else train
+        best = best_heads(model, train, seen, p, workers)
+        chosen = {task: f"lr {lr:g}" for task, (lr, _) in best.items()}
+        heads = [head for _, head in best.values()]
+        stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
+    if of_pictures:
+        tested, classes = features(model, test, p, False, workers), len(train.labels)
+        x, labels, test_x = known["whole"], known["label"], tested["whole"]
+        if "cls" in p.tasks:
+            guess, chosen["cls"] = linear(x, labels, test_x, classes)
+            stats["linear"] = 100.0 * (guess == tested["label"])
+        if "knn" in p.tasks:  # of [CLS] alone
+            guess = knn(x[:, :width], labels, test_x[:, :width], classes)
+            stats["knn"] = 100.0 * (guess == tested["label"])
+
+    # 3. What comes out, with all that is needed to make it again.
+    result = {name: value.item() for name, value in scores(stats).items()}
     if "counts" in stats:
-        result["iou"] = dict(zip(test.classes, (100 * class_iou(stats["counts"].sum(0))).tolist()))
+        iou = 100 * class_iou(stats["counts"].sum(0))
+        result["iou"] = dict(zip(test.classes, iou.tolist()))
     protocol = asdict(replace(p, train=len(train), test=len(test))) | {"height": h, "width": w}
     result |= {"chosen": chosen, "protocol": protocol, "versions": versions(),
-               "device": str(next(model.parameters()).device),
-               "seconds": round(time.time() - start, 1)}
+               "device": str(test.device), "seconds": round(time.time() - start, 1)}
     return result, stats, shots
 
 
@@ -979,7 +1005,7 @@ def versions() -> dict[str, str]:
     git = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
     try:
         git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
+    except OSError:  # no git on this machine
         git = ""
     return {"git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
             "torchvision": torchvision.__version__}
@@ -1005,23 +1031,20 @@ def title(network: str, data: str, root: str) -> str:
     return " ".join([network, data, *place])
 
 
-def line(result: dict) -> str:
-    return "  ".join(f"{k} {text.format(result[k])}" for k, text in METRICS.items() if k in result)
-
-
-def draw(path: Path, shots: list[dict], classes: tuple[str, ...], far: float) -> None:
-    """Test pictures, what is true of them and what heads read from the network, as a PNG."""
+def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -> None:
+    """Rows of pictures, class maps and depth maps, as a PNG."""
+    depths = [depth.max().item() for depth in shots.get("true depth", ())]
+    far = max(depths, default=0.0)  # one scale of colours for truth and prediction
     rows = {}
-    for kind in shots[0]:
-        words = kind.replace("seg", "classes")
-        if kind == "picture":
-            rows[words] = [shot[kind] / 255 for shot in shots]
-        elif kind.endswith("seg"):
-            rows[words] = [scenes.paint_classes(shot[kind], len(classes)) for shot in shots]
+    for words, maps in shots.items():
+        if words == "picture":
+            rows[words] = [img / 255 for img in maps]
+        elif words.endswith("seg"):
+            words = words.replace("seg", "classes")
+            rows[words] = [scenes.paint_classes(mask, len(classes)) for mask in maps]
         else:
-            rows[words] = [scenes.paint_depth(shot[kind], far) for shot in shots]
-    scenes.sheet(path, rows, classes if "true seg" in shots[0] else (),
-                 far if "true depth" in shots[0] else 0.0)
+            rows[words] = [scenes.paint_depth(depth, far) for depth in maps]
+    scenes.sheet(path, rows, classes, far)
 
 
 def parse(argv) -> argparse.Namespace:
@@ -1036,6 +1059,7 @@ def parse(argv) -> argparse.Namespace:
     g = p.add_argument_group("protocol (defaults: the data set's, as above)")
     for f in fields(Protocol):
         kind = f.metadata["kind"]
+        # Without a default: what stays None is taken from the data set's protocol.
         more = dict(type=kind) if kind is not bool else dict(action=argparse.BooleanOptionalAction)
         g.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **more)
     g = p.add_argument_group("machine and output")
@@ -1048,68 +1072,71 @@ def parse(argv) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+IMAGEFOLDER = {"tasks", "image_size", "layer", "seed"}  # the fields that mean something there
+
+
 def changes(args) -> dict:
     """The protocol's fields that flags change. ValueError: a flag that means nothing here."""
     p = PROTOCOLS[args.data]
-    if unknown := set(args.tasks or ()) - set(TASKS):
-        raise ValueError(f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
-    given = {f.name: getattr(args, f.name) for f in fields(p)}
+    unknown = set(args.tasks or ()) - set(TASKS)
+    need(not unknown, f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
+    given = {f.name: getattr(args, f.name) for f in fields(p)}  # in the order of the flags
     changed = {k: v for k, v in given.items() if v is not None and v != getattr(p, k)}
-    if args.data == "imagefolder":
-        idle = changed.keys() - {"tasks", "image_size", "layer", "seed"}
-    else:
-        idle = changed.keys() & ({"crop"} if args.data == "scenes" else {"train", "test", "split"})
-    if idle:
-        raise ValueError(f"--data {args.data} has no use for --{min(idle).replace('_', '-')}")
+    idle = {"scenes": {"crop"}, "imagefolder": given.keys() - IMAGEFOLDER}
+    idle = idle.get(args.data, {"train", "test", "split"})  # numbers of Scenes
+    wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
+    need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}")
     return changed
 
 
 def check_device(args) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no GPU here; give --device cpu")
+    need(args.device == "cpu" or torch.cuda.is_available(),
+         f"--device {args.device}: torch sees no GPU here; give --device cpu")
 
 
 def run(args) -> None:
     check_device(args)
     changed = changes(args)
     p = replace(PROTOCOLS[args.data], **changed)
-    options = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-               for k, v in changed.items()]
-    key = " ".join([title(args.network, args.data, args.root), *options])
+    key = title(args.network, args.data, args.root)
+    for name, value in changed.items():
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        key += f" {name}={value}"
     paths = [checkpoint_of(name) for name in args.runs]
-    models = [clsspec.load(path, args.network) for path in paths]
+    models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
     for out in map(home, paths):  # before hours of work
         read_json(out / "eval.json")
-        if not os.access(next(at for at in (out, *out.parents) if at.exists()), os.W_OK):
-            raise ValueError(f"{out} cannot be written to, and results would go there")
+        nearest = next(at for at in (out, *out.parents) if at.exists())
+        need(os.access(nearest, os.W_OK), f"{out} cannot be written to, and results would go there")
     first = size = None
     for name, path, model in zip(args.runs, paths, models):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures)
         record(home(path) / "eval.json", key, result)  # kept first, printed second
-        print(f"{name}: {key}, {result['seconds']:.0f} s\n  {line(result)}")
-        if shots:
+        print(f"{name}: {key}, {result['seconds']:.0f} s")
+        numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
+        print("  " + "  ".join(numbers))
+        if args.save_pictures and shots:
             file = home(path) / f"{key.replace(' ', '-')}.png"
-            far = max((shot["true depth"].max().item() for shot in shots if "true depth" in shot),
-                      default=0)
-            draw(file, shots, tuple(result.get("iou", ())), far)
+            draw(file, shots, tuple(result.get("iou", ())))
             print(f"  {file}")
-        seen = "{height} x {width} px".format(**result["protocol"])
-        if first:
-            other = "" if seen == size else f", which it saw at {size}, this one at {seen}"
-            print(f"  minus {args.runs[0]}{other}, with 95 % intervals over test pictures:")
-            for k, (d, low, high) in difference(first, stats).items():
-                print(f"    {k:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]")
-        else:
+        seen = f"{result['protocol']['height']} x {result['protocol']['width']} px"
+        if first is None:  # what all others are compared with
             first, size = stats, seen
+            continue
+        other = "" if seen == size else f", which it saw at {size}, this one at {seen}"
+        print(f"  minus {args.runs[0]}{other}, with 95 % intervals over test pictures:")
+        for metric, (d, low, high) in difference(first, stats).items():
+            print(f"    {metric:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]")
 
 
 def main(argv=None) -> None:
     args = parse(argv)
     try:
         run(args)
-    except (ValueError, OSError) as err:
-        sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+    except (ValueError, OSError) as err:  # the user's; a fault of ours shows its traceback
+        message = str(err).strip().splitlines()[-1]  # a worker's traceback comes before it
+        sys.exit(f"error: {message.removeprefix('ValueError: ')}")
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def draw_differences(path: Path, title: str, group: dict) -> None:
     pairs = [pair for pair in every if any((head, pair) in found for head in heads)]
     if not found:
         return
-    # Not analyze.draw_intervals: with the labels once, at the left, 13 rows in 7 panels fit a page.
+    # With the labels once, at the left, 13 rows in 7 panels fit a page.
     fig, axes = analyze.canvas(len(heads), 4, sharey=True)
     fig.set_size_inches(11, 2 * (1 + 0.3 * len(pairs)))
     for (head, pair), d in found.items():

@@ -133,7 +133,7 @@ def test_rows_and_columns_that_the_loss_looks_at_are_those_of_the_labels(monkeyp
     depth = at(row, 4) + 10 * at(column.T, 6)
     cache = {"x": torch.zeros(3, 4, 6, 5), "depth": depth.expand(3, -1, -1)}
     p = replace(SHORT, tasks=("depth",), iterations=20)
-    eval_dense.train_heads(Oracle(), eval_dense.Pictures(), torch.arange(3), cache, p, 0)
+    eval_dense.train_heads(Oracle(), eval_dense.Pictures(memory=cache), torch.arange(3), p, 0)
     for out, truth in seen:
         assert out.shape == (8, 12)
         torch.testing.assert_close(out, truth)

@@ -76,7 +76,7 @@ import clsspec
 import eval_dense
 import scenes
 from clsspec import Config, ViT
-from eval_dense import LOWER, METRICS, read_json, read_picture, strict, within
+from eval_dense import LOWER, METRICS, one_line, read_json, read_picture, strict, within
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "cost")
 POINTS = ("before norm", "after norm", "attention", "after attention")
@@ -935,12 +935,10 @@ def parse(argv) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse(argv)
-    try:
+    with one_line():
         out = run_compare(args) if args.compare else run(args)
-    except (ValueError, OSError) as err:
-        sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
-    more = "" if Figure else "; no plots without matplotlib: python -m pip install matplotlib"
-    print(f"\nresults are in {out}{more}")
+        more = "" if Figure else "; no plots without matplotlib: python -m pip install matplotlib"
+        print(f"\nresults are in {out}{more}")
 
 
 if __name__ == "__main__":

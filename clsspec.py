@@ -7,7 +7,7 @@ lets them part where it pays. With x = [CLS, registers, patches], the tokens of 
     1. norms   LN(x) -> [LN_cls(x_cls), LN_patch(x_patch)]   norm1, norm2, LayerScale of every block
     2. qkv     W x   -> [W_cls x_cls,   W_patch x_patch]     the fused projection, the first third
     3. nothing else: attention, out-projection and MLP stay shared. A token still meets one set of
-       weights, so the FLOPs are those of a plain ViT.
+       weights, so the method's FLOPs are those of a plain ViT.
 
 `Specialised`, the first class below, is all of it; `specialize` says where it goes. Both papers'
 variants are words of the Config: registers, attention bias, class attention (CaiT), and entmax-1.5
@@ -48,9 +48,11 @@ from torch.utils.flop_counter import FlopCounterMode
 class Specialised(nn.Module):
     """A layer with two sets of weights: the first `rows` tokens pass `cls`, all others `patch`.
 
-    Both start as copies of `layer`, so at first nothing changes. State-dict names are
-    `name.cls.weight` and `name.patch.weight`. `rows` is 1, [CLS], or more to take registers along.
-    rank > 0, linear layers only: W_cls = W_patch + up down, `up` = 0 at first (LoRA, 2106.09685).
+    `patch` is `layer` itself, which must return a new tensor; `cls` starts as a copy of it, so at
+    first nothing changes. Each learns from its own tokens alone, and so they part. State-dict names
+    are `name.cls.*` and `name.patch.*`. `rows` is 1, [CLS], or more to take registers along.
+    rank > 0, linear layers only: W_cls = W_patch + up down, `up` = 0 at first (LoRA, 2106.09685);
+    then [CLS] has the patches' bias, and W_patch learns from it too.
     """
 
     def __init__(self, layer: nn.Module, rows: int = 1, rank: int = 0):
@@ -67,19 +69,22 @@ class Specialised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D')
         y_cls = self.cls(x[:, : self.rows])
-        # All tokens pass `patch` and the first rows are written over, which is one product too many
-        # for a row, but copies nothing. Cutting x in two and joining the halves says the same:
+        # All tokens pass `patch` and the first rows are written over (so no gradient goes back from
+        # them), which is one product too many for a row, but copies nothing. This says the same:
         #     torch.cat([self.cls(x[:, :rows]), self.patch(x[:, rows:])], dim=1)
-        # and costs a nano step 15 % where this costs 3 % (of a ViT-S step both cost about 2 %).
+        # and costs a nano step 15 % where this costs 4 % (of a ViT-S step both cost about 1 %).
         y = self.patch(x)
-        y[:, : self.rows] = y[:, : self.rows] + y_cls if self.rank else y_cls
+        if self.rank:
+            y_cls = y_cls + y[:, : self.rows]
+        y[:, : self.rows] = y_cls
         return y
 
 
 # --------------------------------------------------------------------------------------------------
 # The shape of a model.
 
-COMPONENTS = ("norms", "qkv", "proj", "mlp", "final")  # what can be specialised
+# What can be specialised; norms: norm1, norm2, and LayerScale where there is one.
+COMPONENTS = ("norms", "qkv", "proj", "mlp", "final")
 
 # size: (width D, depth, heads H, patch), of DeiT and ViT; nano is this project's own.
 SIZES = {
@@ -116,7 +121,7 @@ class Config:
     spec_rank: int = 0  # 0: qkv gets a full [CLS] copy; r > 0: a rank-r update of the patches' copy
 
 
-# What makes a config that of a model without specialisation, and of a plain ViT.
+# Changes that take specialisation out of a Config; and all of the papers' variants.
 NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch")
 PLAIN = NO_SPEC | dict(registers=0, attn="softmax", attn_bias=False, class_attn=0)
 
@@ -135,7 +140,8 @@ def config(size: str = "small", **changes) -> Config:
 
 
 def checked(c: Config) -> Config:
-    """The same, with spec_blocks as a number. ValueError: what cannot be, and what to do."""
+    """The same, with spec_blocks as a number, 0 where nothing in spec is counted by blocks.
+    ValueError: what cannot be, and what to do."""
     need(c.width % c.heads == 0, f"width {c.width} is not a multiple of {c.heads} heads")
     near = max(round(c.image_size / c.patch), 1) * c.patch
     need(c.image_size > 0 and c.image_size % c.patch == 0,
@@ -246,7 +252,10 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D); or of the first `asking` tokens alone, which still see all."""
         q, k, v = self.queries_keys_values(x)
         q = q[:, :, :asking]
-        if self.kind == "entmax15":
+        # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a step
+        # of nano, which has 37.
+        few = k.shape[2] < 64 and not x.is_cuda
+        if self.kind == "entmax15" or few:
             out = self.weights(q, k) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -347,12 +356,14 @@ class ViT(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
         self.initialise()
         if cfg.spec:
-            with torch.random.fork_rng(devices=[]):  # what is built later is as in a plain model
+            # A rank draws random numbers; the heads that are built later should not notice.
+            with torch.random.fork_rng(devices=[]):
                 specialize(self, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
                            cfg.registers_path)
 
     def initialise(self) -> None:
-        """Draw the weights. Those of variants come last, so that all others are as without them."""
+        """Draw the weights (the patch projection's are torch's own). Those of variants come last,
+        so that all others are as without them."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         # 0.02 is meant for D >= 384; a narrower layer needs larger weights to pass on as much.
@@ -407,7 +418,7 @@ class ViT(nn.Module):
 
         layer: go through this many blocks; None: through all. cls_only: the last of them computes
         [CLS] alone, which spares 5 % of a ViT-S. Returns the tokens after the final norm: cls
-        (B, D), registers (B, R, D), patches (B, N, D); with cls_only, use cls alone.
+        (B, D), registers (B, R, D), patches (B, N, D); with cls_only these two are empty.
         Raises ValueError if a side is not a multiple of the patch p.
         """
         cls, x = self.embed(img, mask)
@@ -437,7 +448,7 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
 
     spec: names from COMPONENTS; blocks: how many blocks get qkv, proj and mlp (None: a third of the
     depth), from the `first` or the `last` one; registers_path: whose weights registers pass. The
-    copies start equal, so outputs do not change.
+    copies start equal, so outputs do not change. An optimiser made before does not know them.
     """
     need(not model.config.spec,
          f"this model has {', '.join(model.config.spec)} already; give a plain one")
@@ -476,8 +487,9 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def flops(c: Config, height: int, width: int) -> int:
-    """FLOPs, by torch's counter, of a forward pass on one picture of so many pixels, 2 for a
-    multiply-add. Specialised or not is the same; that `Specialised` passes row 0 twice is ours."""
+    """FLOPs, by torch's counter, of a forward pass of the plain model on one picture of so many
+    pixels, 2 for a multiply-add. The method adds none; that `Specialised` passes row 0 twice does,
+    1 / T of those layers."""
     formula = sdpa_kernel(SDPBackend.MATH)  # fused attention is not counted
     with torch.device("meta"), FlopCounterMode(display=False) as counter, formula:
         ViT(replace(c, **NO_SPEC))(torch.empty(1, 3, height, width))
@@ -508,9 +520,16 @@ def read(path) -> dict:
     return state
 
 
+def not_finite(state: dict) -> str:
+    """The name of the first tensor with a NaN or an infinity; "" if there is none."""
+    tensors = ((name, x) for name, x in state.items() if isinstance(x, Tensor))
+    return next((name for name, x in tensors if not x.isfinite().all()), "")
+
+
 def load(path, network: str = "teacher") -> ViT:
-    """The ViT of the "teacher" or "student" in a checkpoint of train.py, or "untrained", as both
-    were at step 0; or the one of public weights (`load_weights`). On the CPU, in eval mode."""
+    """The ViT in any file: the "teacher" or "student" in a checkpoint of train.py, or "untrained",
+    as both were at step 0, made again from the seed; or the one of public weights, for which
+    `load_weights` has more options. On the CPU, in eval mode."""
     state = read(path)
     ours = isinstance(state.get("model"), dict) and "width" in state["model"]
     if not ours:
@@ -526,24 +545,34 @@ def load(path, network: str = "teacher") -> ViT:
             weights = {name: value for (_, found, name), value in parts if found}
             model = ViT(cfg)
             model.load_state_dict(weights)
+            odd = not_finite(weights)
+            need(not odd, f"{odd} is not finite: its training diverged")
             return model.eval()
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
         raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
-    torch.manual_seed(seed)
-    return start(cfg, init).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return start(cfg, init).eval()
 
 
 def start(cfg: Config, init: str | None = None) -> ViT:
-    """A network at step 0: new, or with the weights in the file `init` (of cfg's shape), and then
-    specialised as cfg says."""
+    """A network at step 0: new; or with shape and weights (the teacher's) of the file `init`, and
+    of cfg only drop_path and how it is specialised. ValueError: it is specialised in another way.
+    """
     if not init:
         return ViT(cfg)
     given = load(init)
     model = ViT(replace(given.config, drop_path=cfg.drop_path))
     model.load_state_dict(given.state_dict())
-    return model if cfg.spec == given.config.spec else specialize(
-        model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank, cfg.registers_path)
+    has, wanted = ([getattr(c, name) for name in NO_SPEC] for c in (given.config, cfg))
+    if has == wanted:
+        return model
+    need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
+         f"where, rank and registers' path are {has}, not {wanted}; ask for the same, or give a "
+         "plain one")
+    return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
+                      cfg.registers_path)
 
 
 # In public files, but no part of a backbone.
@@ -591,6 +620,8 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
          f"{', '.join(sorted(map(str, source))[:3])} ...")
     odd = [key for key, value in s.items() if not isinstance(value, Tensor)]
     need(not odd, f"{name}: {', '.join(odd)} must be tensors")
+    odd = not_finite(s)
+    need(not odd, f"{name}: {odd} is not finite; the file is damaged, or its training diverged")
 
     width, tokens = s["cls_token"].shape[-1], s["pos_embed"].shape[1]
     known = {w: h for w, _, h, _ in SIZES.values()}

@@ -48,9 +48,13 @@ import glob
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
@@ -72,13 +76,15 @@ from clsspec import ViT, need
 
 TASKS = ("seg", "depth", "cls", "knn")
 DENSE = ("seg", "depth")  # of every pixel; the others are of the picture as a whole
+FULL = 2**16 - 1  # the largest number of 16 bits, in a depth file no depth
 LABEL = {"seg": "mask", "depth": "depth", "cls": "label", "knn": "label"}  # what a task needs
 METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
            "linear": "{:.2f} %", "knn": "{:.2f} %"}
 LOWER = {"rmse", "absrel"}  # are better when they are lower
 
 # --------------------------------------------------------------------------------------------------
-# Doors: how flags, pictures and JSON come in, and how results go out. All scripts use these.
+# Doors: how flags, pictures and JSON come in, how results go out, and how a command ends. All
+# scripts use these.
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,6 +225,108 @@ def record(file: Path, key: str, result: dict) -> None:
     write(file, json.dumps(read_json(file) | {key: strict(result)}, indent=1, allow_nan=False))
 
 
+class Stopped(BaseException):  # no `except Exception` on the way may swallow it
+    """A signal asks this process to leave. at_once: it is the second one, so nothing is finished
+    first. text: what is kept, for the message."""
+
+    text = "; what was finished is kept"
+
+    def __init__(self, number: int, at_once: bool):
+        super().__init__(signal.Signals(number).name)
+        self.number, self.at_once = number, at_once
+
+
+class Signals:
+    """Ctrl-C (SIGINT), a scheduler's SIGTERM, a closed terminal's SIGHUP: they raise Stopped, but
+    wait for the end of what must not be cut in two, `with signals.held():`."""
+
+    holding, came, at = False, 0, 0.0  # came: the number of the first, at: when
+
+    def handle(self, number: int, frame) -> None:
+        if self.came and time.monotonic() < self.at + 1:
+            return  # the same one: torchrun passes on what the terminal has sent to all
+        again = self.came != 0
+        self.came, self.at = number, time.monotonic()
+        if again or not self.holding:
+            raise Stopped(number, again)
+
+    @contextmanager
+    def held(self):
+        before, self.holding = self.holding, True
+        try:
+            yield
+        finally:
+            self.holding = before
+        if self.came and not before:
+            raise Stopped(self.came, False)
+
+
+signals = Signals()
+
+
+def patient(worker: int) -> None:
+    """For processes that read files: signals of a terminal or a job reach them too, but it is the
+    main process that ends them, when it has saved; or else they end half a minute later."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+
+
+# Part of torch's message -> what it means. Whatever else it raises is a fault of ours.
+FAULTS = {
+    "DataLoader worker": "a process that reads files has died, often for want of memory; lower "
+                         "--workers",
+    "memory": "out of memory; lower the batch, the pictures' size or their number",
+    "gloo": "another process of this run has ended; its own message says why",
+    "NCCL": "another process of this run has ended, or a GPU failed; its own message says why"}
+
+
+@contextmanager
+def one_line():
+    """Around a command. Whatever the user or the machine did ends in one line and a code that is
+    not 0; a fault of the program shows its traceback."""
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    ours = threading.current_thread() is threading.main_thread()  # others may set no handler
+    before = {n: signal.getsignal(n) for n in numbers if n is not None and ours}
+    signals.came = 0
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # `nohup` ignores SIGHUP, and so it stays
+            signal.signal(number, signals.handle)
+    try:
+        yield
+        return
+    except Stopped as stopped:
+        line, code = f"stopped by {stopped}{stopped.text}", 128 + stopped.number
+        traceback.clear_frames(stopped.__traceback__)  # so that nobody needs files any more
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as err:
+        at = f": {err.filename}" if err.filename else ""
+        line, code = f"error: {err.strerror or err}{at}", 1
+    except ValueError as err:  # a worker's traceback comes before its message
+        text = str(err).strip().splitlines()[-1].removeprefix("ValueError: ")
+        line, code = f"error: {text}", 1
+    except (RuntimeError, MemoryError) as err:
+        text = str(err).strip() or "memory"
+        meaning = next((words for part, words in FAULTS.items() if part in text), None)
+        if meaning is None:
+            raise
+        line, code = f"error: {meaning} ({text.splitlines()[0][:160]})", 1
+    finally:
+        signals.came = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for shown in list(tqdm._instances):  # or a bar would be drawn again behind the line
+        shown.close()
+    if code == 1:
+        sys.exit(line)  # which prints it
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
 # --------------------------------------------------------------------------------------------------
 # Labelled pictures: how each data set lies on a disk.
 
@@ -293,8 +401,11 @@ class Pictures(torch.utils.data.Dataset):
             return
         own = torch.Generator()  # without one, the loader draws from the global one
         loader = torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
-                                             collate_fn=stack, generator=own)
-        for batch in loader:
+                                             collate_fn=stack, generator=own,
+                                             worker_init_fn=patient)
+        with signals.held():  # what is raised while processes are made would be lost
+            stream = iter(loader)
+        for batch in stream:
             yield {kind: x.to(self.device) for kind, x in batch.items()}
 
     def __getitem__(self, key) -> dict:
@@ -346,6 +457,8 @@ class Pictures(torch.utils.data.Dataset):
         counts = read_map(file, bits=16)
         if self.sunrgbd:
             counts = counts >> 3 | counts << 13 & 0xFFFF  # turned back
+        else:
+            counts = torch.where(counts == FULL, 0, counts)  # how cameras write "too far"
         depth = counts * self.unit
         return torch.where(depth <= self.max_depth, depth, self.max_depth if self.sunrgbd else 0)
 
@@ -363,29 +476,50 @@ def same_stems(images: Path, **folders: Path) -> list[dict]:
     return rows
 
 
-def pairs(at: Path, split: str) -> Pictures:
+def class_names(file: Path) -> tuple[str, ...]:
+    """Lines "CLASS", numbered from 0 on, or "NUMBER<tab>CLASS" -> names by number."""
+    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    found = {}
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        number, tab, name = line.partition("\t")
+        if not tab:
+            number, name = str(len(found)), line
+        ok = number.isdecimal() and int(number) < 255 and int(number) not in found
+        need(ok, f"{file}: in {line!r}, {number} must be a number from 0 to 254, each once")
+        found[int(number)] = name
+    return tuple(found.get(i, f"class {i}") for i in range(max(found, default=-1) + 1))
+
+
+def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> Pictures:
     """images/{train,val}/NAME.jpg (or png), and one or both of masks/{train,val}/NAME.png (8-bit
-    index, 255: ignored) and depth/{train,val}/NAME.png (16-bit millimetres, 0: none); if you like,
-    classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
+    index, 255: ignored) and depth/{train,val}/NAME.png (16-bit, millimetres or --unit, 0 and 65535:
+    none); if you like, classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
     folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
     folders = {kind: folder for kind, folder in folders.items() if folder.is_dir()}
     if not folders:  # an OSError, to which open_set adds what is wanted
         raise OSError(f"neither masks/{split} nor depth/{split} is there")
     found = Pictures(same_stems(at / "images" / split, **folders))
-    if "depth" in folders:  # the largest of the training pictures
+    if "depth" in folders:
+        found.unit, found.max_depth = unit, max_depth
         files = (at / "depth/train").glob("[!.]*.png")  # without hidden ones
-        counts = [read_map(file, bits=16).max().item() for file in files]
-        found.max_depth = max(counts, default=0) / 1000
-    if "mask" in folders and (at / "classes.txt").exists():
-        lines = [line.strip() for line in (at / "classes.txt").read_text().splitlines()]
-        lines = [line for line in lines if line and not line.startswith("#")]
-        found.classes = tuple(line.split("\t")[1 if "\t" in line else 0] for line in lines)
-    elif "mask" in folders:  # numbers, up to the largest of the training pictures
+        if not max_depth:  # the largest of the training pictures
+            counts = [read_map(file, bits=16) for file in files]
+            largest = max((x[x < FULL].max().item() for x in counts if (x < FULL).any()), default=0)
+            need(largest, f"no file in {at / 'depth/train'} has a depth, from 1 to {FULL - 1}")
+            found.max_depth = largest * unit
+    if "mask" in folders:
         largest = 0
         for file in (at / "masks/train").glob("[!.]*.png"):
             mask = read_map(file, bits=8)
             largest = max(largest, torch.where(mask == 255, 0, mask).max().item())
-        found.classes = tuple(str(i) for i in range(largest + 1))
+        need(largest, f"no mask in {at / 'masks/train'} has another class than 0, as 255 means "
+             "ignored; in black and white masks make 255 a 1")
+        # Without names classes are numbers, up to the largest of the training pictures.
+        file = at / "classes.txt"
+        numbers = tuple(str(i) for i in range(largest + 1))
+        found.classes = class_names(file) if file.exists() else numbers
     return found
 
 
@@ -521,6 +655,9 @@ class Protocol:
     test: int = flag(within(int, 1, 10**6), 1000, "number of Scenes to test on")
     split: str = flag(str, "test", "split of Scenes to test on")
     seed: int = flag(within(int, 0, 2**62), 0, "of the heads and their batches")
+    unit: float = flag(within(float, 1e-9, 1e3), 1e-3, "pairs: metres of one count of a depth file")
+    max_depth: float = flag(within(float, 0, 1e4), 0.0, "pairs: farther is no depth, metres; 0: "
+                            "the largest of the training pictures")
 
 
 SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e-3,),
@@ -545,7 +682,8 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pict
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
     for split in ("train", "val"):
         try:
-            found = OPEN[data](at, split)
+            more = (p.unit, p.max_depth) if data == "pairs" else ()
+            found = OPEN[data](at, split, *more)
         except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
             raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
         need(found.rows, f"no picture in split {split}; {wanted}")
@@ -1084,6 +1222,7 @@ def changes(args) -> dict:
     changed = {k: v for k, v in given.items() if v is not None and v != getattr(p, k)}
     idle = {"scenes": {"crop"}, "imagefolder": given.keys() - IMAGEFOLDER}
     idle = idle.get(args.data, {"train", "test", "split"})  # numbers of Scenes
+    idle = idle if args.data == "pairs" else idle | {"unit", "max_depth"}
     wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
     need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}")
     return changed
@@ -1132,11 +1271,8 @@ def run(args) -> None:
 
 def main(argv=None) -> None:
     args = parse(argv)
-    try:
+    with one_line():
         run(args)
-    except (ValueError, OSError) as err:  # the user's; a fault of ours shows its traceback
-        message = str(err).strip().splitlines()[-1]  # a worker's traceback comes before it
-        sys.exit(f"error: {message.removeprefix('ValueError: ')}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ SPLITS = ("train", "probe", "test", "val")
 CLASSES = ("sky", "grass", "sand", "paving",
                  "ball", "bush", "crate", "house", "drum", "trunk")
 # Materials. Each comes in three paints, a third of the circle of hues apart and between those of
-# others: the mean colour of all is the same grey. So a linear read-out of colours cannot name them;
-# shape and texture can, or knowing which paints there are. Hue, in turns, is of the first paint.
-# Half the width and the period of an object are in metres, for one 4 m away; aspect is height by
-# width.
+# others: their mean is a grey. So the mean colour has no hue to name a class by (its brightness
+# differs a little, .43 to .67); shape and texture can, or knowing which paints there are. Hue, in
+# turns, is of the first paint. Half widths and periods are in metres, for an object 4 m away;
+# aspect is height by width.
 KINDS = torch.tensor([
-    # width lo, hi   aspect lo, hi   period   hue     sat  value
+    # half  lo, hi   aspect lo, hi   period   hue     sat  value
     [0.50, 0.80,     1.00, 1.00,     0.72,    3 / 18, 0.66, 0.86],   # ball: dots
     [0.58, 0.95,     0.75, 1.05,     0.90,    5 / 18, 0.58, 0.64],   # bush: leaves
     [0.46, 0.72,     0.75, 1.10,     0.44,    2 / 18, 0.56, 0.80],   # crate: slanted planks
@@ -40,7 +40,8 @@ GROUNDS = torch.tensor([
     [0.9,     2 / 9, 0.40],    # grass
     [0.8,     1 / 9, 0.36],    # sand, in ripples
     [1.7,     0 / 9, 0.28]])   # paving, a checkerboard
-MOODS = torch.tensor([     # RGB of horizon, zenith, sunlight and shade; a scene mixes the three
+# RGB of horizon, zenith, sunlight, and light from all around; a scene mixes the three.
+MOODS = torch.tensor([
     [.74, .86, .95,   .24, .47, .84,   .82, .77, .66,   .40, .45, .54],   # clear day
     [.98, .64, .42,   .27, .25, .50,   .88, .68, .56,   .44, .41, .47],   # dusk
     [.83, .85, .87,   .58, .62, .68,   .38, .38, .38,   .62, .64, .67]])  # overcast
@@ -137,9 +138,10 @@ class Scenes:
     def design(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(B,) -> a scene's own numbers, (..., B) each, and its eight surfaces, (17, B, 8).
 
-        On the CPU and in float64 up to the last step: no batch or device rounds differently.
+        On the CPU and in float64 up to the last step, so no batch or device rounds differently.
+        Each pick and draw takes the next column of random numbers: to add one changes all scenes.
         """
-        u = uniforms(self.seed, index, 24 + 6 * 17)
+        u = uniforms(self.seed, index, 24 + 6 * 17)  # 24 of a scene (2 spare), 17 of each object
         one, each = iter(u[:, :24].unbind(1)), iter(u[:, 24:].unflatten(1, (6, 17)).unbind(2))
         pick = lambda low, high: low + (high - low) * next(one)           # (B,), for a scene
         draw = lambda low, high: low + (high - low) * next(each)          # (B, 6), for its objects
@@ -158,19 +160,22 @@ class Scenes:
         kind = torch.tensor([0, 0, 2, 2, 4, 4]) + draw(0, 2).long()
         order, column = (draw(0, 1).argsort(1).argsort(1) for _ in range(2))
         count = pick(3, 7).long()[:, None]
+        # From a little beyond where the picture's lower edge meets the ground.
         near = (1.1 * height / (pitch + tan.atan()).tan()).clamp(min=2.6)[:, None]
         z = near + (13 - near) * (order + draw(0, 0.6)) / count
         x = torch.where(order == 0, draw(-0.4, 0.4), (column + draw(0, 1)) / 3 - 1)
         x = x * z * tan[:, None]
         wide, wider, low, high, period, hue, sat, value = KINDS[kind].unbind(2)
-        # Far ones are larger, so that they can be seen; half the gap to a neighbour is the limit.
+        # Far ones are larger, so that they can be seen; a third of the gap to a neighbour is the
+        # limit, as a box's corner is 1.5 half widths out.
         there, grow = order < count, (z / 4) ** 0.65
         gap = ((x[:, :, None] - x[:, None]) ** 2 + (z[:, :, None] - z[:, None]) ** 2).sqrt()
         apart = there[:, :, None] & there[:, None] & ~torch.eye(6).bool()
         a = torch.minimum(grow * draw(wide, wider), torch.where(apart, gap, 99).amin(2) / 3)
         box = kind // 2 == 1
         b, c = a * draw(low, high), a * torch.where(box, draw(0.8, 1.1), 1)
-        y = torch.where(there, torch.where(kind < 2, 0.88, 1) * b, -999)       # absent: deep down
+        # Balls and bushes sink into the ground a little; what is absent is deep down.
+        y = torch.where(there, torch.where(kind < 2, 0.88, 1) * b, -999)
         k = math.tau / (period * grow * draw(0.85, 1.15))              # radians per metre
         k = torch.where(box, k, (k * a).round().clamp(min=3) / a)              # whole turns around
         paint = draw(0, 3).floor() / 3 + draw(-0.015, 0.015)
@@ -253,7 +258,7 @@ class Scenes:
         ]).gather(0, mask[None])[0]
         blur = torch.where(flat, 1 / (1 + (k * t ** 2 / (90 * s["height"])) ** 2), 1)
 
-        # Light: shade from all around, and the sun where no object is in its way; then mist.
+        # Light: some from all around, and the sun where no object is in its way; then haze.
         _, hit = crossings((point + 0.004 * t * n)[:, :, None], s["light"][:, :, None], surfaces)
         facing = (n * s["light"]).sum(0).clamp(min=0) * ~hit.any(1)
         first, second = torch.stack(colours).unflatten(0, (2, 3))        # each (3, B, S, S)
@@ -271,7 +276,8 @@ class Scenes:
 # A sheet: rows of pictures with titles, and a legend. Tiles are RGB, (3, h, w), in [0, 1].
 
 DEPTH_COLOURS = torch.tensor([  # from near to far; 0, no depth, is black
-    [1, 0.96, 0.68], [0.99, 0.62, 0.36], [0.80, 0.26, 0.43], [0.42, 0.16, 0.50], [0.15, 0.12, 0.38]])
+    [1, 0.96, 0.68], [0.99, 0.62, 0.36], [0.80, 0.26, 0.43], [0.42, 0.16, 0.50],
+    [0.15, 0.12, 0.38]])
 
 
 def class_colours(classes: int) -> Tensor:
@@ -295,7 +301,8 @@ def paint_depth(depth: Tensor, far: float) -> Tensor:
     return (colour * (depth > 0)[..., None]).movedim(-1, 0)
 
 
-def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0, side: int = 112) -> None:
+def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
+          side: int = 112) -> None:
     """Write a PNG: a row of tiles for each title, `side` pixels high; below it a legend of class
     names, if there are `classes`, and of depth, if there is a largest depth `far` in metres."""
     font = ImageFont.load_default()
@@ -310,9 +317,11 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0, sid
     for i, (title, row) in enumerate(rows.items()):
         top = gap + i * (side + gap)
         for j, word in enumerate(title.split()):
-            draw.text((4, top + side // 2 - 8 + 14 * (j - title.count(" ") / 2)), word, "black", font)
+            shift = 14 * (j - title.count(" ") / 2)  # the words of a title are centred
+            draw.text((4, top + side // 2 - 8 + shift), word, "black", font)
         for j, tile in enumerate(row):
-            big = F.interpolate(tile[None].float(), (side, round(side * tile.shape[2] / tile.shape[1])))
+            across = round(side * tile.shape[2] / tile.shape[1])
+            big = F.interpolate(tile[None].float(), (side, across))
             page.paste(TF.to_pil_image(big[0].clamp(0, 1)), (margin + j * (wide + gap), top))
 
     top = len(rows) * (side + gap) + gap

@@ -9,16 +9,24 @@
     torchrun --nproc-per-node 8 train.py --scale large --spec norms,qkv --data list.txt --compile
 
 Self-distillation: a student network sees crops of a picture and learns to say what the teacher says
-of other crops of it. The teacher is a moving average of students. No label is used; that all crops
-of a picture look alike to the network, and pictures do not, is all there is to learn.
+of other crops of it. The teacher is a moving average of students. No label is used; there is one
+thing to learn: crops of one picture should look alike, and different pictures should not.
+
+What keeps all pictures from looking alike: the teacher's targets use all prototypes equally
+(`sinkhorn`) or have their mean taken off (`ema_centre`), and are sharper than the student's answers
+(its temperature is lower); heads compare directions, not lengths; [CLS] is pushed off its nearest
+neighbour (`koleo`).
 
 Three recipes, all sets of defaults of one loop: `dinov2` (arXiv 2304.07193), [CLS] and masked
 patches; `dino` (arXiv 2104.14294), [CLS] alone; `deit3` (arXiv 2204.07118), labels in their place.
+Below `--scale large` the scale replaces most of a recipe: `dino` and `dinov2` then differ in iBOT,
+KoLeo, the patches' head, local crops and weight decay.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
-change nothing, nor do ranks, but for what each draws by itself (skipped branches, mixup); a resumed
-run equals an unbroken one. In shapes, V views of B pictures have N patches each, of which M in all
-are masked; D is the width, K the number of prototypes.
+change nothing, nor do ranks, as long as the global batch is the same, but for what each draws by
+itself (skipped branches, mixup); a resumed run equals an unbroken one. In shapes, V views of B
+pictures have N patches each, of which M in all are masked; D is the width, K the number of
+prototypes.
 """
 
 import argparse
@@ -26,13 +34,14 @@ import copy
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from signal import SIGTERM
 
 # Threads that wait for each other should not spin for long: beside a busy program on two cores,
 # Scenes are made at 5 pictures/s with GNU OpenMP's default, at 498 with this; alone at 628, 725.
@@ -52,7 +61,7 @@ from tqdm import tqdm
 import clsspec
 import eval_dense
 from clsspec import need
-from eval_dense import bar, normalise, within
+from eval_dense import Stopped, bar, normalise, one_line, patient, signals, within
 from scenes import Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +118,8 @@ LABELS_AT_NANO = dict(lr=1e-3, layerscale=0.1, mixup=0.0, cutmix=0.0, global_sca
 
 MANY = 10**9
 # Title: rows of name, default, range, help. A range is (from, to) of numbers, a list of words,
-# or None for a switch or a text; a default of two numbers is a pair, from and to.
+# or None for a switch or a text; a default of two numbers is a pair, from and to. Recipe and scale
+# replace many of these defaults: `--help` shows those in force.
 FLAGS = {
     "what to run": [
         ("recipe", "dinov2", list(RECIPES), "losses and their defaults"),
@@ -261,8 +271,8 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
     """Which of n pictures make the global batch of a step: (batch,)."""
-    epoch, within = divmod(step, n // batch)  # a new order every epoch; what is left over waits
-    return permutation(n, seed, epoch)[within * batch : (within + 1) * batch]
+    epoch, at = divmod(step, n // batch)  # a new order every epoch; what fills no batch is left out
+    return permutation(n, seed, epoch)[at * batch : (at + 1) * batch]
 
 
 class Folder(torch.utils.data.Dataset):
@@ -298,12 +308,6 @@ class Folder(torch.utils.data.Dataset):
                          f"the first: {bad[0]}")
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when to leave."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     """What Folder gives for each picture -> uint8 (B, 3, S, S), labels (B,), unreadable files."""
     img, labels, bad = zip(*items)
@@ -320,8 +324,10 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     if folder:
         loader = torch.utils.data.DataLoader(
             folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
-            collate_fn=collate, worker_init_fn=ignore_interrupt, pin_memory=args.device != "cpu")
-        for img, labels, bad in loader:
+            collate_fn=collate, worker_init_fn=patient, pin_memory=args.device != "cpu")
+        with signals.held():  # what is raised while processes are made would be lost
+            stream = iter(loader)
+        for img, labels, bad in stream:
             yield (img.to(args.device, non_blocking=True),
                    labels.to(args.device, non_blocking=True), bad)
         return
@@ -375,9 +381,12 @@ def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     return torch.where(grey[:, None, None], luma, matrix)
 
 
-# What the 16 uniform numbers of a view decide; the last two are spare.
-RANDOM = ("share", "ratio", "top", "left", "flip", "blur", "sigma", "jitter", "brightness",
-          "contrast", "saturation", "hue", "grey", "solarise", "", "")
+# What the uniform numbers of a view decide: share and aspect of the crop, as often as it may be
+# drawn, and the rest.
+TRIES = 5
+RANDOM = ("top", "left", "flip", "blur", "sigma", "jitter", "brightness", "contrast", "saturation",
+          "hue", "grey", "solarise")
+DRAWN = 2 * TRIES + len(RANDOM)
 
 
 def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, reach: float,
@@ -385,17 +394,22 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do;
     or `three`, DeiT-III's 3-Augment: one of grey, solarise and blur, and a milder jitter.
 
-    img: (B, 3, H, W) in [0, 1]; u: (B, 16) uniform numbers, the only randomness; area: the crop's
+    img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: the crop's
     share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in pixels;
     strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
     """
-    (h, w), u = img.shape[-2:], dict(zip(RANDOM, u.unbind(1)))
+    h, w = img.shape[-2:]
+    u_share, u_ratio, u = u[:, :TRIES], u[:, TRIES : 2 * TRIES], u[:, 2 * TRIES :]
+    u = dict(zip(RANDOM, u.unbind(1)))
 
     # What is drawn, a number a picture. The crop's aspect is 3/4 to 4/3, evenly in its logarithm.
-    share = area[0] + (area[1] - area[0]) * u["share"]
-    ratio = torch.exp(math.log(4 / 3) * (2 * u["ratio"] - 1))
-    crop_h = (h * w * share / ratio).sqrt().clamp(max=h)
-    crop_w = (h * w * share * ratio).sqrt().clamp(max=w)
+    share = area[0] + (area[1] - area[0]) * u_share
+    ratio = torch.exp(math.log(4 / 3) * (2 * u_ratio - 1))
+    crop_h, crop_w = (h * w * share / ratio).sqrt(), (h * w * share * ratio).sqrt()  # (B, TRIES)
+    # One larger than the picture is drawn again: the first that fits, or else the first, cut off.
+    first = ((crop_h <= h) & (crop_w <= w)).float().argmax(1, keepdim=True)
+    crop_h = crop_h.gather(1, first)[:, 0].clamp(max=h)
+    crop_w = crop_w.gather(1, first)[:, 0].clamp(max=w)
     top, left = (h - crop_h) * u["top"], (w - crop_w) * u["left"]
     if three:
         one = (3 * u["grey"]).floor()
@@ -431,7 +445,7 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     """uint8 (B, 3, S, S) -> global views (2 B, 3, ..), local ones (L B, 3, ..), view after view."""
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
     # Drawn for the global batch, on the CPU: the same numbers on any ranks and any device.
-    u = torch.rand(b * ranks, 2 + args.local_crops, 16, generator=draw)
+    u = torch.rand(b * ranks, 2 + args.local_crops, DRAWN, generator=draw)
     u = u[rank * b : (rank + 1) * b].to(img.device, non_blocking=True)
     # Size, area, chances of blur and of solarise: DINO's two kinds of global view, and the local.
     kinds = [(args.image_size, args.global_scale, 1.0, 0.0),
@@ -446,7 +460,7 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
     """uint8 (B, 3, S, S), labels (B,) -> views by 3-Augment, mixed by mixup or CutMix, (B, 3, ..);
     their targets (B, classes), 1 for whatever is in the mixture; the pictures as they are."""
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
-    u = torch.rand(b * ranks, 16, generator=draw)[rank * b : (rank + 1) * b]
+    u = torch.rand(b * ranks, DRAWN, generator=draw)[rank * b : (rank + 1) * b]
     u = u.to(img.device, non_blocking=True)
     size, n, img = args.image_size, args.classes, img / 255
     views = view(img, u, size, args.global_scale, 0, 0, 2 * size / 224, args.colour, three=True)
@@ -471,16 +485,17 @@ def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
     def inside(low: Tensor, n: Tensor) -> Tensor:  # (B,), (B,) -> (B, side)
         return (line >= low[:, None]) & (line < (low + n)[:, None])
 
-    for area, aspect, y, x in u.permute(1, 2, 0):  # a rectangle of every view at a time
-        left = wanted - mask.sum((1, 2))  # (B,), still to be hidden
-        # Before they are rounded, the area is 4 patches or more, the aspect 0.3 to 1 / 0.3.
-        area = 4 + area * (left - 4).clamp(min=0)
-        aspect = torch.exp(math.log(0.3) * (2 * aspect - 1))
+    for u_area, u_aspect, u_y, u_x in u.permute(1, 2, 0):  # a rectangle of every view at a time
+        missing = wanted - mask.sum((1, 2))  # (B,), still to be hidden
+        # Before they are rounded, the area is from 4 patches to those missing, the aspect 0.3 to
+        # 1 / 0.3.
+        area = 4 + u_area * (missing - 4)
+        aspect = torch.exp(math.log(0.3) * (2 * u_aspect - 1))
         h, w = ((area * a).sqrt().round().clamp(1, side) for a in (aspect, 1 / aspect))
-        rows = inside((y * (side - h + 1)).floor(), h)
-        columns = inside((x * (side - w + 1)).floor(), w)
+        rows = inside((u_y * (side - h + 1)).floor(), h)
+        columns = inside((u_x * (side - w + 1)).floor(), w)
         box = rows[:, :, None] & columns[:, None]
-        fits = (box & ~mask).sum((1, 2)) <= left  # one that would hide too many is dropped
+        fits = (box & ~mask).sum((1, 2)) <= missing  # one that would hide too many is dropped
         mask |= box & fits[:, None, None]
     return mask.flatten(1)
 
@@ -559,9 +574,11 @@ class Head(nn.Module):
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(self.mlp(x).float(), dim=-1)  # so no picture can win by being loud,
-        # nor a prototype by being long.
-        return F.linear(x, F.normalize(self.last, dim=-1)).float()
+        # Both of unit length: no picture wins by being loud, and no prototype by being long.
+        x = F.normalize(self.mlp(x).float(), dim=-1)
+        # weight_norm's operator: F.normalize(self.last) at half the time, 6 % of a ViT-S step of 4.
+        last = torch._weight_norm(self.last, self.last.new_ones(len(self.last), 1), 0)
+        return F.linear(x, last).float()
 
 
 @torch.no_grad()
@@ -595,6 +612,7 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     """
     student = student / temp
     dots = torch.einsum("tbk,vbk->tvb", teacher, student)  # log softmax = student - logsumexp
+    # A row of targets sums to 1, but for rows of Sinkhorn's that have underflowed to 0.
     loss = (teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots).mean(-1)  # (2, V)
     other = 1 - torch.eye(*loss.shape, device=loss.device)  # a view does not learn from itself
     return (other * loss).sum() / other.sum()
@@ -680,9 +698,9 @@ class Network(nn.Module):
             return cls[0], logits, self.patch_head(patches)
 
 
-def compare(args, student, teacher: Network, global_views: Tensor, local_views: Tensor, mask, temp):
-    """One pass of both networks: weighted terms of the loss, and meters of collapse; all scalars.
-    mask: (2 B, N) bool on the CPU, or None without iBOT."""
+def distil(args, student, teacher: Network, global_views: Tensor, local_views: Tensor, mask, temp):
+    """Self-distillation, one pass of both networks: weighted terms of the loss, and meters of
+    collapse; all scalars. mask: (2 B, N) bool on the CPU, or None without iBOT."""
     chosen, device = None, global_views.device
     if mask is not None:
         chosen = mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
@@ -695,22 +713,24 @@ def compare(args, student, teacher: Network, global_views: Tensor, local_views: 
 
     with torch.no_grad():  # the teacher sees the global views only, and without holes
         cls, logits, patch_logits = teacher(global_views, local_views[:0], None, chosen)
-        target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
-        # Meters. `entropy` of the targets, as a share of ln K (1: they say nothing); `usage`, of
-        # their mean (1: prototypes are used equally; as low as `entropy`: all pictures have the
-        # same); `cls_std` over the batch (0: all pictures look alike, 1: all over the sphere).
-        entropy = torch.special.entr(target).sum(-1).mean()
-        usage = torch.special.entr(target.mean((0, 1))).sum()
-        spread = F.normalize(cls.float(), dim=-1).std(0).mean() * cls.shape[1] ** 0.5
-    student_cls, logits, student_patch = student(global_views, local_views, mask, chosen)
-    terms = {"dino": dino_loss(logits, target, args.student_temp)}
+        cls_target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
+    student_cls, student_logits, student_patch = student(global_views, local_views, mask, chosen)
+    terms = {"dino": dino_loss(student_logits, cls_target, args.student_temp)}
     if mask is not None:
-        target = targets(patch_logits, teacher.patch_centre)
-        ibot = ibot_loss(student_patch, target, weight, args.student_temp, len(mask))
+        patch_target = targets(patch_logits, teacher.patch_centre)
+        ibot = ibot_loss(student_patch, patch_target, weight, args.student_temp, len(mask))
         terms["ibot"] = args.ibot * ibot
     if args.koleo:
         terms["koleo"] = args.koleo * sum(koleo(one) for one in student_cls.chunk(2))
-    full = math.log(args.prototypes)  # nats, of knowing nothing; `kl`: of targets to the student
+
+    # Meters. Shares of ln K, the nats of knowing nothing: `entropy` of the targets (1: they say
+    # nothing), `usage`, of their mean (1: prototypes are used equally; as low as `entropy`: all
+    # pictures have the same). `cls_std` over the batch (0: all pictures look alike, 1: all over the
+    # sphere). `kl`, nats, of the targets to the student.
+    entropy = torch.special.entr(cls_target).sum(-1).mean()
+    usage = torch.special.entr(cls_target.mean((0, 1))).sum()
+    spread = F.normalize(cls.float(), dim=-1).std(0).mean() * cls.shape[1] ** 0.5
+    full = math.log(args.prototypes)
     meters = {"entropy": entropy / full, "usage": usage / full, "cls_std": spread,
               "kl": terms["dino"].detach() - entropy}
     return terms, meters
@@ -730,9 +750,10 @@ def supervise(student, teacher: Network, views: Tensor, targets: Tensor, clean: 
 
 
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
-    """From `start` to `end` along half a cosine, after a linear rise from 0 over `warmup` steps."""
+    """From `start` to `end` along half a cosine, after a linear rise from 0, of `warmup` steps, the
+    last of which is at `start`."""
     if step < warmup:
-        return start * step / warmup
+        return start * step / max(warmup - 1, 1)
     share = (step - warmup) / max(steps - warmup, 1)
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
@@ -765,6 +786,8 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     groups = {}
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
+        if args.supervised:  # DeiT's are free, DINO's and DINOv2's are not
+            free |= name.endswith(("pos_embed", "cls_token"))
         kind = next((k for k in ("last", "patch_embed") if k in name.split(".")), "rest")
         group = groups.setdefault((kind, free), {"params": [], "kind": kind, "free": free})
         group["params"].append(p)
@@ -776,7 +799,7 @@ def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     for group in optimizer.param_groups:
         factor = args.patch_embed_lr if group["kind"] == "patch_embed" else 1
         if group["kind"] == "last" and step < args.freeze_last * args.steps:
-            factor = 0  # at first everything would run after prototypes that run about themselves
+            factor = 0  # early on prototypes move fast, and the backbone would chase them
         group["lr"] = factor * now["lr"]
         group["weight_decay"] = 0 if group["free"] else now["wd"]
 
@@ -798,20 +821,21 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     """
     student, now = getattr(learner, "module", learner), schedule(args, step, ranks)
     set_rates(args, optimizer, now, step)
-    # What is drawn in a network, stochastic depth, depends on the step too: runs can be resumed.
+    # What is drawn elsewhere, stochastic depth and mixup, depends on the step too: runs can be
+    # resumed.
     torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
     # Views of the pictures; what the networks make of them; how far apart; one step closer.
     given = inputs(args, img, labels, student.backbone.config.patch, step, rank, ranks)
     if args.supervised:
         terms, meters = supervise(learner, teacher, *given)
     else:
-        terms, meters = compare(args, learner, teacher, *given, now["temp"])
+        terms, meters = distil(args, learner, teacher, *given, now["temp"])
     loss = sum(terms.values())
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
     optimizer.step()
-    # The teacher follows, so slowly that it is always a little better than the student.
+    # The teacher follows: an average of many students is mostly better than the last of them.
     update_teacher(teacher, student, now["ema"])
     values = {"loss": loss, **terms, **meters, "grad_norm": norm}
     return now, {name: value.detach() for name, value in values.items()}
@@ -821,66 +845,158 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
 # The run folder: what is kept, and how a run goes on.
 
 
-def save(path: Path, state: dict) -> None:
-    """Write beside, then move into place: `path` is a whole checkpoint at any moment."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as err:
-        beside.unlink(missing_ok=True)
-        kept = "the one before is intact" if path.exists() else "there is none yet"
-        raise ValueError(f"could not save {path} at step {state['step']}: {err}; {kept}; "
-                         "free some space, then go on with --resume") from None
+# What a run leaves: a folder that has one of these holds a run.
+LEFT = "config.json", "log.jsonl", "last.pt", "eval.json", "analysis.json"
 
 
-# What may differ between a run and its continuation.
+class RunFolder:
+    """--out, for as long as this process runs. Of several ranks only the first one has it.
+
+    A run that lies there is not touched until the new one has a checkpoint: until then the new
+    one's files have names that end in `.new`.
+    """
+
+    def __init__(self, args):
+        """ValueError: another process has it, or it holds a run that nobody asked to replace."""
+        self.path, self.begun = args.out, False  # begun: there are files of this run
+        self.saved = None  # the step of the last checkpoint
+        held = [name for name in LEFT if (self.path / name).exists()]
+        need(not held or args.resume or args.overwrite, f"{self.path} holds a run already "
+             f"({', '.join(held)}): give --resume to go on, --overwrite to start anew, or another "
+             "--out")
+        self.new = ".new" if held and not args.resume else ""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim()
+
+    def claim(self) -> None:
+        """A lock that ends with its process, however that ends."""
+        self.lock = open(self.path / ".lock", "a+")
+        try:
+            import fcntl  # not on Windows, where nothing is claimed
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise ValueError(f"{self.path} is in use by process {self.lock.read().strip()}; wait "
+                             "for its end, or give another --out") from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
+
+    def leave(self) -> None:
+        """Take away what says nothing without a checkpoint, and the folder, if that was all."""
+        if self.begun and self.saved is None:
+            for name in ("config.json", "log.jsonl"):
+                (self.path / f"{name}{self.new}").unlink(missing_ok=True)
+        (self.path / ".lock").unlink(missing_ok=True)
+        self.lock.close()
+        try:
+            self.path.rmdir()
+        except OSError:  # there is something in it, as there should be
+            pass
+
+    def begin(self, args, config: clsspec.Config, first: int, ranks: int) -> int:
+        """Write config.json, and a log.jsonl that ends at the step where this run begins; returns
+        how many unreadable files it has met until then."""
+        self.begun, self.saved = True, first or None
+        log = self.path / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
+        # A full disk may have cut the last one.
+        lines = [line for line in lines if line.endswith("\n") and line.strip()]
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        eval_dense.write(self.path / f"log.jsonl{self.new}", "".join(kept))
+        cuda = args.device == "cuda"
+        eval_dense.write(self.path / f"config.json{self.new}", json.dumps({
+            "command": "python " + " ".join(sys.argv), "args": as_json(args),
+            "model": asdict(config), **eval_dense.versions(), "processes": ranks,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
+        return json.loads(kept[-1]).get("skipped", 0) if kept else 0
+
+    def log(self, line: dict) -> None:
+        with open(self.path / f"log.jsonl{self.new}", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, state: dict) -> None:
+        """Write last.pt beside, then move it into place: it is whole at any moment, and finite."""
+        step, file = state["step"], self.path / "last.pt"
+        for network in ("student", "teacher"):
+            odd = clsspec.not_finite(state[network])
+            need(not odd, f"{odd} of the {network} is not finite at step {step}, which is not "
+                 f"saved; {self.kept()}; start anew with a lower --lr or --clip")
+        beside = file.with_suffix(".tmp")
+        try:
+            with open(beside, "wb") as out:
+                torch.save(state, out)
+                out.flush()
+                os.fsync(out.fileno())
+            if self.new:  # from here on the folder is the new run's
+                for name in ("eval.json", "analysis.json"):
+                    (self.path / name).unlink(missing_ok=True)
+            os.replace(beside, file)
+        except (OSError, RuntimeError) as err:
+            why = getattr(err, "strerror", None) or str(err).splitlines()[0]
+            raise ValueError(f"could not save {file} at step {step}: {why}; {self.kept()}; free "
+                             "some space, then go on with --resume") from None
+        finally:
+            beside.unlink(missing_ok=True)
+        if self.new:
+            for name in ("config.json", "log.jsonl"):
+                os.replace(self.path / f"{name}.new", self.path / name)
+            self.new = ""
+        self.saved = step
+
+    def kept(self) -> str:
+        """What is safe, for a message."""
+        if self.saved is None:
+            old = self.new and (self.path / "last.pt").exists()
+            return "the old run is as it was" if old else "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved} is intact"
+
+
+# What may differ between a run and its continuation; --batch-size, if the global batch does not.
 FREE = {"resume", "overwrite", "dry_run", "out", "workers", "device", "compile", "checkpointing",
-        "log_every", "save_every", "probe_every", "probe"}
+        "log_every", "save_every", "probe_every", "probe", "batch_size", "steps"}
 
 
-def plain(args) -> dict:
+def as_json(args) -> dict:
     """The flags as values that JSON and torch.load(weights_only=True) know."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def resume(args, student: Network, teacher: Network, optimizer) -> int:
-    """Load --out/last.pt into all three; returns its step. ValueError: missing or foreign."""
+def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> tuple[int, int]:
+    """Load --out/last.pt into all three; returns its step, and its --steps, which may have been
+    others. ValueError: missing or foreign."""
     path = args.out / "last.pt"
     need(path.exists(), f"--resume: there is no {path}; leave out --resume, or correct --out")
     state = clsspec.read(path)
     wanted = {"args": dict, "step": int, "student": dict, "teacher": dict, "optimizer": dict}
     need(all(isinstance(state.get(key), kind) for key, kind in wanted.items()),
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
-    theirs = state["args"]
-    odd = [f"--{k.replace('_', '-')} {theirs[k]} (now {v})" for k, v in plain(args).items()
+    theirs, step = state["args"], state["step"]
+    odd = [f"--{k.replace('_', '-')} {theirs[k]} (now {v})" for k, v in as_json(args).items()
            if k not in FREE and theirs.get(k, v) != v]
+    # Old checkpoints do not say on how many ranks they were made; their folder does.
+    config = eval_dense.read_json(args.out / "config.json")
+    alone = theirs.get("batch_size", args.batch_size) * config.get("processes", 1)
+    batch, now = state.get("global_batch", alone), args.batch_size * ranks
+    if batch != now:
+        odd.append(f"a global batch of {batch} pictures (now {now} = --batch-size "
+                   f"{args.batch_size} x {ranks})")
     need(not odd, f"--resume: {path} is of another run: it has {', '.join(odd)}; give its flags, "
          "or another --out")
-    student.load_state_dict(state["student"])
-    teacher.load_state_dict(state["teacher"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def write_config(args, config: clsspec.Config, first: int, ranks: int) -> None:
-    """config.json; and a log.jsonl that ends at the step where this run begins."""
-    log = args.out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last may be cut by a full disk
-    kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= first]
-    eval_dense.write(log, "".join(kept))
-    if not first:
-        for old in ("last.pt", "eval.json"):
-            (args.out / old).unlink(missing_ok=True)
-    cuda = args.device == "cuda"
-    eval_dense.write(args.out / "config.json", json.dumps({
-        "command": "python " + " ".join(sys.argv), "args": plain(args), "model": asdict(config),
-        **eval_dense.versions(), "processes": ranks, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
+    need(step <= args.steps, f"--resume: {path} is at step {step}, beyond --steps {args.steps}")
+    try:
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
+        why = " ".join(str(err).split())[:200]
+        raise ValueError(f"--resume: {path} is not a checkpoint of this run ({why})") from None
+    odd = clsspec.not_finite(state["student"])
+    need(not odd, f"--resume: {odd} in {path} is not finite; start anew with a lower --lr")
+    return step, theirs.get("steps", args.steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,8 +1019,10 @@ def memory_gib(args, network: Network) -> dict[str, float]:
     """About what a process will hold, GiB."""
     cfg, number = network.backbone.config, 2 if args.precision == "bf16" else 4  # bytes
     patches, local = ((side // cfg.patch) ** 2 for side in (args.image_size, args.local_size))
-    views = 1 if args.supervised else 2
-    tokens = args.batch_size * (views * patches + args.local_crops * local)
+    views, more = 1 if args.supervised else 2, 1 + cfg.registers
+    tokens = views * (patches + more) + args.local_crops * (local + more)
+    tokens *= args.batch_size
+    scenes = args.pictures if args.data == "scenes" and not args.bench else 0
     # Kept for the backward pass, of a block and token, in numbers of D; checkpointing: its input.
     each = 1 if args.checkpointing else (13 + 2 * bool(cfg.layerscale)) * (1 - args.drop_path)
     masked = 2 * args.mask_share * sum(args.mask_ratio) / 2 * patches if args.ibot else 0
@@ -912,7 +1030,18 @@ def memory_gib(args, network: Network) -> dict[str, float]:
     return {  # weights: student, teacher, gradient, AdamW's two moments; logits: softmax, gradient
         "weights and optimiser": 5 * 4 * clsspec.parameters(network)[0] / 2**30,
         "activations": tokens * cfg.depth * cfg.width * each * number / 2**30,
-        "logits": 3 * 4 * rows * (args.classes if args.supervised else args.prototypes) / 2**30}
+        "logits": 3 * 4 * rows * (args.classes if args.supervised else args.prototypes) / 2**30,
+        "pictures": 3 * args.source_size**2 * (scenes + 5 * args.batch_size) / 2**30}
+
+
+def machine_gib(cuda: bool) -> float:
+    """The memory of the GPU, or of the machine, GiB; inf where the system does not say."""
+    if cuda:
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
 
 
 def describe(args, network: Network, ranks: int) -> None:
@@ -1004,9 +1133,9 @@ def bench(args, rank: int, ranks: int) -> None:
 # The run.
 
 
-def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
-    """Refuse what cannot run, before anything is written."""
-    patch = student.backbone.config.patch
+def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
+    """Refuse what cannot run, before anything is written. shape: of the network, without memory."""
+    patch = shape.backbone.config.patch
     sides = {"image": args.image_size} | ({"local": args.local_size} if args.local_crops else {})
     for name, side in sides.items():
         need(side % patch == 0, f"--{name}-size {side} is no multiple of the patch, {patch} px; "
@@ -1015,23 +1144,27 @@ def prepare(args, folder: Folder | None, student: Network, ranks: int) -> None:
          f"--image-size {args.image_size}: views would be blown up; raise it to that or more")
     need(not args.koleo or args.batch_size > 1, "KoLeo needs a neighbour for every picture: give "
          "--batch-size 2 or more, or --koleo 0")
-    if args.bench or args.dry_run:
+    if args.dry_run:
+        return
+    memory, there = memory_gib(args, shape), machine_gib(args.device == "cuda")
+    largest = max(memory, key=memory.get)
+    need(sum(memory.values()) <= there, f"this would take about {sum(memory.values()):,.0f} GiB, "
+         f"of which {largest} {memory[largest]:,.0f}, and there are {there:.0f}; --dry-run shows "
+         "all of it")
+    if args.bench:
         return
     n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
     need(n >= batch, f"a global batch of {batch} pictures is larger than the set: --data "
          f"{args.data} has {n}; lower --batch-size" + ("" if folder else " or raise --pictures"))
-    taken = (args.out / "last.pt").exists() and not (args.resume or args.overwrite)
-    need(not taken, f"{args.out} holds a run already: give --resume to go on, --overwrite to start "
-         "anew, or another --out")
 
 
-def check_finite(rows: Tensor, names: list[str], first: int) -> None:
+def check_finite(rows: Tensor, names: list[str], first: int, kept: str) -> None:
     """rows: (steps, values) from step `first` on. ValueError: the first bad step and its terms."""
     bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
         terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(names, rows[bad[0]].tolist()))
-        raise ValueError(f"not finite at step {first + bad[0]}: {terms}; the last checkpoint is "
-                         "intact; start anew with a lower --lr or --clip")
+        raise ValueError(f"not finite at step {first + bad[0]}: {terms}; {kept}; start anew with a "
+                         "lower --lr or --clip, which a resumed run cannot change")
 
 
 # The online probe: eval_dense's protocol for Scenes, shorter, with k-NN for pictures as a whole.
@@ -1059,9 +1192,11 @@ def final_table(args) -> None:
         print(f"{title:18}{result['miou']:22.2f}{result['rmse']:35.3f}", flush=True)
         found.append(result)
     start, end = found
+    # A point of mIoU may be chance.
     better = end["miou"] > start["miou"] + 1 and end["rmse"] < start["rmse"]
+    look = "`bce`" if args.supervised else "`dino` and `usage`"
     print("It has learnt: both are better than before." if better else
-          "It has learnt little: train longer, or look at `dino` and `usage` in log.jsonl.")
+          f"It has learnt little: train longer, or look at {look} in log.jsonl.")
 
 
 def run(args, rank: int, ranks: int) -> None:
@@ -1077,98 +1212,145 @@ def run(args, rank: int, ranks: int) -> None:
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
-    torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run and not args.init else "cpu"):
-        student = Network(args)
-    prepare(args, folder, student, ranks)
+    with torch.device("cpu" if args.init else "meta"):
+        shape = Network(args)
+    check(args, folder, shape, ranks)
     if args.dry_run:
-        return describe(args, student, ranks) if main else None
+        return describe(args, shape, ranks) if main else None
     if args.bench:
         return bench(args, rank, ranks)
+    del shape
 
-    student = student.to(args.device)
-    teacher, optimizer = make_teacher(student), make_optimizer(args, student)
-    first = resume(args, student, teacher, optimizer) if args.resume else 0
-    if main:
-        write_config(args, student.backbone.config, first, ranks)
-    uniform = f"; `dino` begins near ln {args.prototypes} = {math.log(args.prototypes):.2f}, and " \
-              "falls as the network learns"
-    say(f"run folder {args.out}{'' if args.supervised else uniform}", flush=True)
-    loop(args, folder, student, teacher, optimizer, first, rank, ranks)
-    if main and args.probe:
-        final_table(args)
+    torch.manual_seed(args.seed)
+    with ExitStack() as leaving:
+        out = None
+        if main:
+            out = RunFolder(args)
+            leaving.callback(out.leave)
+        if ranks > 1:
+            dist.barrier()  # the others begin when the first one has the folder
+        student = Network(args).to(args.device)
+        teacher, optimizer = make_teacher(student), make_optimizer(args, student)
+        first, skipped = 0, 0
+        if args.resume:
+            first, before = resume(args, student, teacher, optimizer, ranks)
+            if before != args.steps:
+                say(f"--steps was {before} and is {args.steps} now: learning rate, decay and "
+                    "teacher go on by the schedules of the new length")
+        if main:
+            skipped = out.begin(args, student.backbone.config, first, ranks)
+        uniform = f"; `dino` begins near ln {args.prototypes} = {math.log(args.prototypes):.2f}, " \
+                  "and falls as the network learns"
+        say(f"run folder {args.out}{'' if args.supervised else uniform}", flush=True)
+        # Several ranks leave together, at a logged step; until then a signal waits.
+        with signals.held() if ranks > 1 else nullcontext():
+            loop(args, folder, out, student, teacher, optimizer, first, skipped, rank, ranks)
+        if main and args.probe:
+            final_table(args)
     say(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}\n"
         f"next: python eval_dense.py {args.out} (judge more), python analyze.py {args.out} (look "
         "inside)" + ("; the control is the same command without --spec" if args.spec else ""))
 
 
-def loop(args, folder, student, teacher, optimizer, first: int, rank: int, ranks: int) -> None:
-    """Steps from `first` on, with a log line, a probe and a checkpoint where they are due."""
-    main, n = rank == 0, len(folder) if folder else args.pictures
+def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first: int,
+         skipped: int, rank: int, ranks: int) -> None:
+    """Steps from `first` on, with a log line, a probe and a checkpoint where they are due. out:
+    None on all ranks but the first; skipped: unreadable files until now."""
+    n = len(folder) if folder else args.pictures
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
-    window, skipped, signals, tick = [], 0, [], 0.0
-    for number in (signal.SIGTERM, signal.SIGINT):  # save, then leave
-        signal.signal(number, lambda number, _: signals.append(number))
-    progress = tqdm(total=args.steps, initial=first, unit="step", disable=not main,
+    done, window, tick, stopped = first, [], 0.0, None
+    cpu, threads, said = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
+    progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
                     dynamic_ncols=True, mininterval=eval_dense.QUIET)
-    for step, (img, labels, bad) in enumerate(batches(args, folder, first, rank, ranks), first):
-        tick = tick or time.time()  # from when there are pictures
-        now, values = train_step(args, learner, teacher, optimizer, img, labels, step, rank, ranks)
-        window.append(torch.stack(list(values.values())))
-        skipped, done = skipped + len(bad), step + 1
-        for name in bad:
-            progress.write(f"skipped an unreadable file: {name}")
-        progress.update()
 
-        logging = done % args.log_every == 0
-        stop = bool(signals)
-        if ranks > 1:  # they agree at logged steps, to leave together
-            stop = logging and all_sum(torch.tensor(float(stop), device=args.device)).item() > 0
-        saving = stop or done == args.steps or done % args.save_every == 0
-        probing = args.probe_every and done % args.probe_every == 0
-        if saving or probing or logging:
-            rows = torch.stack(window).cpu()  # the one place that waits for a GPU
-            check_finite(rows, list(values), done - len(rows) + 1)
-            line = {"step": done, "epoch": step // (n // batch)}
-            line |= dict(zip(values, rows.mean(0).tolist())) | now
-            line |= {"img_per_s": len(rows) * batch / (time.time() - tick), "skipped": skipped,
-                     "peak_mb": peak_mb(args.device == "cuda")}
-            line |= probe(teacher.backbone) if main and probing else {}
-            shown = "bce" if args.supervised else "dino"
-            progress.set_postfix_str(f"{shown} {line[shown]:.3f}, {line['img_per_s']:.0f} img/s")
-            if main:
-                with open(args.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            window, tick = [], time.time()
-        if main and saving:
-            save(args.out / "last.pt", {
-                "model": asdict(student.backbone.config), "args": plain(args), "step": done,
-                "student": student.state_dict(), "teacher": teacher.state_dict(),
-                "optimizer": optimizer.state_dict()})
-        if stop and done < args.steps:
-            progress.close()
-            if main:
-                print(f"stopped by a signal: step {done} is saved, go on with --resume")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    def log(found: dict) -> None:
+        """A line with the means since the last one, over all ranks."""
+        nonlocal window, tick, cpu, said
+        rows = all_sum(torch.stack(window)).cpu() / ranks  # the one place that waits for a GPU
+        kept = out.kept() if out else "as on all ranks"
+        check_finite(rows, list(values), done - len(rows) + 1, kept)
+        line = {"step": done, "epoch": (done - 1) // (n // batch)}
+        line |= dict(zip(values, rows.mean(0).tolist())) | now
+        line |= {"img_per_s": len(rows) * batch / (time.time() - tick), "skipped": skipped,
+                 "peak_mb": peak_mb(args.device == "cuda")} | found
+        shown = "bce" if args.supervised else "dino"
+        progress.set_postfix_str(f"{shown} {line[shown]:.3f}, {line['img_per_s']:.0f} img/s")
+        if out:
+            out.log(line)
+        had = (time.process_time() - cpu) / (time.time() - tick)  # CPUs, on average
+        if threads > 1 and had < 0.6 * threads and len(window) > 1 and not said:
+            said = True  # two runs on two cores: 3 s a step with two threads each, 0.35 with one
+            progress.write(f"other programs are at work: {threads} threads get {had:.1f} CPUs and "
+                           "wait for each other; stop, put OMP_NUM_THREADS=1 before the command, "
+                           "and go on with --resume")
+        window, tick, cpu = [], time.time(), time.process_time()
+
+    def save() -> None:
+        if out:
+            out.save({
+                "model": asdict(student.backbone.config), "args": as_json(args), "step": done,
+                "global_batch": batch, "student": student.state_dict(),
+                "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
+
+    # A signal leaves at once from what takes long, but not from the midst of a step or a save.
+    whole = signals.held if ranks == 1 else nullcontext  # several ranks: see `run`
+    pictures = batches(args, folder, first, rank, ranks)
+    while done < args.steps and not stopped:
+        try:
+            img, labels, bad = next(pictures)
+            if not tick:  # from when there are pictures
+                tick, cpu = time.time(), time.process_time()
+            with whole():
+                now, values = train_step(args, learner, teacher, optimizer, img, labels, done, rank,
+                                         ranks)
+                window.append(torch.stack(list(values.values())))
+                skipped, done = skipped + len(bad), done + 1
+            for name in bad:
+                progress.write(f"skipped an unreadable file: {name}")
+            progress.update()
+            logging = done % args.log_every == 0
+            probing = args.probe_every and done % args.probe_every == 0
+            saving = done == args.steps or done % args.save_every == 0
+            found = probe(teacher.backbone) if out and probing else {}
+            with whole():
+                if logging or probing or saving:
+                    log(found)
+                if saving:
+                    save()
+            if ranks > 1 and logging:  # they agree
+                came = torch.tensor(float(signals.came), device=args.device)
+                if all_sum(came).item():
+                    raise Stopped(signals.came or SIGTERM, False)
+        except Stopped as signal:
+            stopped = signal
+            if stopped.at_once or done == first:
+                stopped.text = f"; {out.kept() if out else ''}"
+                raise
+    if stopped:
+        if window:
+            log({})
+        save()
     progress.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stopped and not out:
+        sys.exit(128 + stopped.number)  # the first rank says it
+    if stopped:
+        stopped.text = f"; step {done} is saved, go on with --resume"
+        raise stopped
 
 
 def main(argv=None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        if ranks > 1 and not args.dry_run:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        run(args, rank, ranks)
-    except (ValueError, OSError) as err:
-        sys.exit(f"error: {str(err).strip().splitlines()[-1].removeprefix('ValueError: ')}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with one_line():
+        try:
+            if ranks > 1 and not args.dry_run:
+                if args.device == "cuda":
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            run(args, rank, ranks)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))  # so that it runs from any folder
 
 import analyze  # noqa: E402
-from eval_dense import Parser, names, read_json, within, write  # noqa: E402
+from eval_dense import Parser, names, one_line, read_json, within, write  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # The list. A run is (data, arm, seed): what it is trained on, which flags are tried, which random
@@ -504,12 +504,8 @@ def run(args) -> None:
 
 
 def main() -> None:
-    try:
+    with one_line():
         run(parse())
-    except BrokenPipeError:  # `--tables | head` has read enough
-        os._exit(0)  # at once: nothing is open, and a last flush would fail as well
-    except (ValueError, OSError) as err:
-        sys.exit(f"error: {err}")
 
 
 if __name__ == "__main__":

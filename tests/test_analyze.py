@@ -551,7 +551,7 @@ def test_cost_of_every_variant():
     assert added["this model"] == 2 * (32 + 96)  # a rank of two in one block of three
     assert added["norms"] == 3 * (4 + 2) * 32 and added["norms, qkv in a third"] - added["norms"] == 33 * 96
     assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
-    assert found["entmax15"]["kept_mib"] > found["plain"]["kept_mib"] > found["class attention, 2 blocks"]["kept_mib"]
+    assert found["entmax15"]["kept_mib"] >= found["plain"]["kept_mib"] > found["class attention, 2 blocks"]["kept_mib"]
 
 
 def test_cost_says_what_the_paper_says(trained, capsys):

@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +22,7 @@ import analyze
 import clsspec
 import eval_dense
 import train
+from conftest import ROOT
 from eval_dense import PROTOCOLS, Head, Protocol
 from scenes import Scenes
 
@@ -607,6 +614,14 @@ def broken(at, what):
     elif what == "empty":
         for f in (at / "images/val").iterdir():
             f.unlink()
+    elif what == "black and white":
+        for file in at.glob("masks/*/*.png"):
+            save_map(file, (torch.arange(48) > 20).expand(32, 48) * 255, size=(32, 48))
+    elif what == "full depth":
+        for file in at.glob("depth/*/*.png"):
+            save_map(file, 65535, "I;16", (32, 48))
+    elif what.startswith("names"):
+        (at / "classes.txt").write_text(what.removeprefix("names "))
 
 
 @pytest.mark.parametrize("what, words", [
@@ -614,7 +629,10 @@ def broken(at, what):
     ("beyond", "masks/val/1.png has class 9, but the set has only 4"), ("rgb", "masks/val/1.png must be an 8-bit index PNG, but its mode is RGB"),
     ("8 bit depth", "depth/train/0.png must be a 16-bit grey PNG"), ("truncated", "cannot read .*images/val/1.png"),
     ("no depth", "no picture has valid depth.*depth/val/0.png"), ("mask size", "masks/val/1.png has .16, 48. pixels"),
-    ("sizes", r"images/train/5.png|several sizes"), ("empty", "no picture in split val")])
+    ("sizes", r"images/train/5.png|several sizes"), ("empty", "no picture in split val"),
+    ("black and white", "no mask in .*masks/train has another class than 0, as 255 means ignored; in black and white masks make 255 a 1"),
+    ("full depth", "no file in .*depth/train has a depth, from 1 to 65534"),
+    ("names 0\tred\n0\tblue", "classes.txt: in '0.tblue', 0 must be a number from 0 to 254, each once"), ("names red\tblue", "red must be a number")])
 def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, words):
     workers = int(what == "truncated")  # one with: it makes no difference, and takes five seconds to leave
     at = tree(tmp_path / "t")
@@ -627,6 +645,108 @@ def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, w
     assert message.startswith("error: ") and "\n" not in message
     assert re.search(words, message), message
     assert not Path("runs").exists()  # no folder for results that never came
+
+
+def test_classes_have_the_numbers_that_their_file_says(tmp_path):
+    at = tree(tmp_path / "t")
+    (at / "classes.txt").write_text("# mine\n3\tfour\n0\tone\n1\ttwo\n")
+    assert opened("pairs", at)[0].classes == ("one", "two", "class 2", "four")
+    (at / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert opened("pairs", at)[0].classes == tuple("abcd")
+
+
+def test_depth_has_a_unit_and_a_limit(tmp_path):
+    at = tree(tmp_path / "t")
+    save_map(at / "depth/train/0.png", 65535, "I;16", (32, 48))  # as cameras write "too far"
+    train, _ = opened("pairs", at)
+    assert train.max_depth == pytest.approx(4.0) and (train[0]["depth"] == 0).all()
+    train, test = opened("pairs", at, unit=0.01, max_depth=25.0)
+    depth = train[1]["depth"]
+    assert train.max_depth == test.max_depth == 25.0 and set(depth.unique().tolist()) <= {0.0, 10.0, 20.0}
+    with pytest.raises(SystemExit, match="scenes has no use for --max-depth"):
+        eval_dense.main([str(tmp_path), "--max-depth", "5"])
+
+
+NUMBERS = [f.name.replace("_", "-") for f in eval_dense.fields(eval_dense.Protocol) if f.name not in ("tasks", "flip", "cat_cls", "split")]
+
+
+@pytest.mark.parametrize("flag", [*NUMBERS, "workers", "save-pictures"])
+def test_every_number_has_a_range(flag, capsys):
+    for value in ("nan", "inf", "-inf", "x", "", "-1", "1e30"):
+        with pytest.raises(SystemExit) as caught:
+            eval_dense.main(["runs/a", f"--{flag}={value}"])
+        line = capsys.readouterr().err
+        assert caught.value.code == 2 and line.count("\n") == 1 and line.startswith(f"error: argument --{flag}"), (value, line)
+
+
+def leave(number, *flags, wait=b"training heads", cwd):
+    """Judge as a user does, in a session of its own, send its processes a signal; what it said, its code and the seconds that took."""
+    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), *map(str, flags)], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    said = b""
+    while wait not in said:
+        said += os.read(job.stderr.fileno(), 1000)
+    start = time.time()
+    os.killpg(job.pid, number)
+    said += job.communicate(timeout=60)[1]
+    return said.decode(), job.returncode, time.time() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("data", ["scenes", "pairs"])
+def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, number, data):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    (tmp_path / "a/eval.json").write_text("{}")
+    flags = ["--root", tree(tmp_path / "t"), "--workers", 1, "--crop", 16] if data == "pairs" else ["--tasks", "seg", "--train", 50, "--test", 50]
+    said, code, seconds = leave(number, tmp_path / "a", "--data", data, "--iterations", 10**6, *flags, cwd=tmp_path)
+    assert code == 128 + number and "Traceback" not in said and seconds < 20
+    assert said.splitlines()[-1].strip().endswith(f"stopped by {number.name}; what was finished is kept")
+    assert (tmp_path / "a/eval.json").read_text() == "{}" and not list((tmp_path / "a").glob("*.tmp"))
+
+
+def test_a_reader_that_has_seen_enough_loses_no_result(tmp_path, runs):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW, "--tasks", "knn"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    job.stdout.close()
+    said = job.communicate(timeout=120)[1].decode()
+    assert job.returncode == 1 and "Traceback" not in said and "Exception" not in said and "error" not in said
+    assert len(json.loads((tmp_path / "a/eval.json").read_text())) >= 1
+
+
+@pytest.mark.parametrize("err, words", [
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a process that reads files has died"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    (MemoryError(), "out of memory"), (OSError(28, "No space left on device", "f.json"), "No space left on device: f.json"),
+    (RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "another process of this run has ended"),
+    (ValueError("Caught ValueError in worker\nTraceback\nValueError: p.jpg is broken"), "error: p.jpg is broken")])
+def test_what_the_machine_did_is_one_line(err, words):
+    with pytest.raises(SystemExit) as caught, eval_dense.one_line():
+        raise err
+    assert words in str(caught.value) and "\n" not in str(caught.value) and caught.value.code != 0
+
+
+def test_a_fault_of_the_program_shows_itself():
+    with pytest.raises(RuntimeError, match="size mismatch"), eval_dense.one_line():
+        raise RuntimeError("size mismatch")
+
+
+def test_a_signal_waits_for_what_must_not_be_cut_in_two_but_a_second_one_does_not(monkeypatch):
+    done = []
+    with pytest.raises(SystemExit) as caught, eval_dense.one_line():
+        with eval_dense.signals.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # within a second it is the same one
+            done.append("first")
+        done.append("never")
+    assert done == ["first"] and caught.value.code == 128 + signal.SIGTERM
+    with pytest.raises(SystemExit), eval_dense.one_line():
+        with eval_dense.signals.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(eval_dense.signals, "at", eval_dense.signals.at - 2)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("never")
+    assert done == ["first"]
 
 
 def test_pictures_of_several_sizes_are_fine_with_crops(tmp_path):

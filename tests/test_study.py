@@ -282,4 +282,4 @@ def test_head_ends_the_tables_without_a_word():
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.read(10)
     child.stdout.close()
-    assert child.stderr.read() == b"" and child.wait() == 0
+    assert child.stderr.read() == b"" and child.wait() in (0, 1)  # 0: all of it fitted into the pipe

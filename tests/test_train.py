@@ -138,9 +138,11 @@ def test_schedules_start_peak_and_end_where_they_should():
 
 def plain_u(n, **columns):
     """Uniform numbers that make a view without jitter, flip, blur, grey, solarise; then changes."""
-    u = torch.full((n, 16), 0.999)
+    u = torch.full((n, train.DRAWN), 0.999)
     for column, value in columns.items():
-        u[:, int(column[1:])] = value
+        column = int(column[1:])
+        at = slice(train.TRIES, 2 * train.TRIES) if column == 1 else 2 * train.TRIES + column - 2
+        u[:, at] = value
     return u
 
 
@@ -166,6 +168,21 @@ def test_crop_is_the_box_it_says():
     u = plain_u(1, c1=0.5, c2=0.5, c3=0.25)  # a quarter of the area: 16 x 16 px at row 8, column 4
     out = train.view(img, u, 16, (0.25, 0.25), 0.0, 0.0, 2.0)
     torch.testing.assert_close(out, train.normalise(img[:, :, 8:24, 4:20]), atol=1e-5, rtol=0)
+
+
+def test_crops_that_are_too_large_are_drawn_again_as_torchvision_does():
+    torch.manual_seed(0)
+    seen, sides, real = [], [], train.resample
+    train.resample = lambda low, high, *rest: (sides.append(high - low), real(low, high, *rest))[1]
+    try:
+        train.view(torch.rand(20_000, 3, 8, 8), torch.rand(20_000, train.DRAWN), 8, (0.32, 1.0), 0.0, 0.0, 2.0)
+    finally:
+        train.resample = real
+    ours = (sides[0] * sides[1] / 64).mean().item()
+    for _ in range(4000):
+        i, j, h, w = torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, 512, 512), (0.32, 1.0), (3 / 4, 4 / 3))
+        seen.append(h * w / 512**2)
+    assert ours == pytest.approx(sum(seen) / len(seen), abs=0.012)  # cut off instead, it is .647
 
 
 def test_blur_equals_torchvisions_in_the_middle():
@@ -218,6 +235,9 @@ def test_masks_hide_the_share_they_should_in_blocks():
     assert mask.shape == (400, 256) and (share > 0).sum() == 200 and share.max() <= 0.5
     assert share[share > 0].mean().item() == pytest.approx(0.3, abs=0.03)
     grid = mask[share > 0].view(-1, 16, 16)
+    line = torch.arange(1, 401) % 40 + 20
+    reached = train.block_masks(line, 16, torch.rand(400, 20, 4)).sum(1) == line
+    assert reached.float().mean() > 0.92  # of DINOv2's 93 %
     neighbours = (grid[:, 1:] & grid[:, :-1]).sum() / grid.sum()
     assert neighbours > 0.7  # scattered patches of the same number: about 0.3
 
@@ -250,7 +270,7 @@ def test_every_parameter_that_should_learn_gets_a_gradient_and_the_teacher_none(
     args, student, teacher = networks(*flags)
     img = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
     mask = train.make_masks(args, 4, 8, 0, 0, 1) if args.ibot else None
-    terms, meters = train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), mask, 0.04)
+    terms, meters = train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1), mask, 0.04)
     sum(terms.values()).backward()
     assert [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
     assert all(p.grad is None for p in teacher.parameters())
@@ -266,7 +286,7 @@ def test_a_meter_tells_of_prototypes_that_nobody_uses():
     for centring in ("sinkhorn", "ema"):
         args, student, teacher = networks("--recipe", "dino", "--centring", centring, "--prototypes", "16")
         teacher.cls_centre[3:] += 10  # nobody gets these
-        found[centring] = train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), None, 0.04)[1]["usage"]
+        found[centring] = train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1), None, 0.04)[1]["usage"]
     assert found["sinkhorn"] == pytest.approx(1, abs=0.02) and 0 < found["ema"] <= math.log(3) / math.log(16) + 1e-4
 
 
@@ -281,7 +301,7 @@ def test_teacher_sees_whole_global_views_only():
     seen = []
     teacher.backbone.register_forward_pre_hook(lambda m, a: seen.append(a))
     img = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
-    train.compare(args, student, teacher, *train.make_views(args, img, 0, 0, 1), train.make_masks(args, 4, 8, 0, 0, 1), 0.04)
+    train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1), train.make_masks(args, 4, 8, 0, 0, 1), 0.04)
     assert len(seen) == 1 and seen[0][0].shape == (8, 3, 32, 32) and seen[0][1] is None
 
 
@@ -304,6 +324,20 @@ def test_no_weight_decay_on_biases_norms_and_layerscale():
     in_blocks = {n.partition(".")[2].partition(".")[2] for n, group in found.items() if not group["free"] and n.startswith("blocks")}
     assert in_blocks == {f"{n}.weight" for n in ("attn.qkv", "attn.qkv.cls", "attn.qkv.patch", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert {n for n, group in found.items() if group["kind"] == "last"} == {"cls_head.last", "patch_head.last"}
+
+
+def test_positions_and_cls_are_free_of_decay_with_labels_as_in_deit():
+    args = train.parse([*QUICK, "--recipe", "deit3"])
+    args.classes = 3
+    student = train.Network(args)
+    free = {id(p) for group in train.make_optimizer(args, student).param_groups if group["free"] for p in group["params"]}
+    assert {id(student.backbone.pos_embed), id(student.backbone.cls_token)} <= free
+    assert id(student.backbone.patch_embed.proj.weight) not in free
+
+
+def test_warm_up_ends_a_step_before_the_fall():
+    assert [train.cosine(step, 20, 1.0, 0.0, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]  # DINO's linspace
+    assert train.cosine(5, 20, 1.0, 0.0, 5) == 1
 
 
 # --- labels ------------------------------------------------------------------------------------------
@@ -504,7 +538,7 @@ def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, recipe, cen
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
-        for key in ("lr", "grad_norm", "epoch"):
+        for key in ("lr", "grad_norm", "epoch", "loss", "dino", "entropy"):  # means over ranks
             assert a[key] == pytest.approx(b[key], rel=2e-3), key
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["teacher"] for n in ("one", "two"))
     for name in a:
@@ -549,7 +583,7 @@ def test_labels_of_folders_are_learnt(tmp_path):
     folder = train.Folder(str(tmp_path / "set"), 32)
     assert list(folder.classes) == ["a", "b", "c"] and [folder[i][1] for i in (0, 8, 23)] == [0, 1, 2]
     flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2", "--mixup", 0, "--cutmix", 0,
-             "--colour", 0, "--ema", 0.5, "--steps", 40, "--workers", 0]
+             "--colour", 0, "--ema", 0.5, "--steps", 60, "--workers", 0]
     state = run(tmp_path / "r", *flags)
     lines = logged(tmp_path / "r")
     assert {"bce", "top1"} <= lines[0].keys() and "dino" not in lines[0]
@@ -560,16 +594,14 @@ def test_labels_of_folders_are_learnt(tmp_path):
     assert folder[0][1] == folder.labels[1] and len(folder[0][2]) == 1
 
 
-def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path):
+def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     flags = ["--recipe", "deit3", "--drop-path", 0.2]
     whole = run(tmp_path / "whole", *flags, "--steps", 4)
-    code, save = [], train.save
-    train.save = lambda path, state: (save(path, state), code.append(state["step"]), os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        with pytest.raises(SystemExit):
-            run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2)
-    finally:
-        train.save = save
+    code, save = [], train.RunFolder.save
+    monkeypatch.setattr(train.RunFolder, "save", lambda self, state: (save(self, state), code.append(state["step"]), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2)
+    monkeypatch.undo()
     assert code[0] == 2
     parts = run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2, "--resume")
     assert same(whole["student"], parts["student"]) and same(whole["teacher"], parts["teacher"])
@@ -626,6 +658,7 @@ def test_folders_without_a_readable_picture(tmp_path):
     for workers in (0, 2):
         message = error("--data", tmp_path / "empty", "--out", tmp_path / "r", "--workers", workers)
         assert "none of its 16 files is a readable picture" in message
+        assert not (tmp_path / "r").exists()
 
 
 def test_runs_are_never_overwritten_or_mixed_by_accident(tmp_path):
@@ -640,6 +673,152 @@ def test_runs_are_never_overwritten_or_mixed_by_accident(tmp_path):
     assert run(tmp_path / "a", "--overwrite", "--steps", 1)["step"] == 1
 
 
+def listing(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "rel.txt"], "neither 'scenes', nor a folder"), (["--local-size", 17], "no multiple of the patch"),
+    (["--registers", 4096, "--batch-size", 4096, "--pictures", 4096], "this would take about"),
+    (["--pictures", 10**9], "pictures 2,861"), (["--ibot", 0, "--koleo", 0, "--centring", "broken"], "")])
+def test_an_old_run_is_untouched_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, flags, words):
+    run(tmp_path / "a", "--steps", 2)
+    (tmp_path / "a/eval.json").write_text('{"old": 1}')
+    before = listing(tmp_path / "a")
+    if not words:  # it fails in its third step
+        flags, words, real, calls = [], "not finite at step 3.*the old run is as it was", train.koleo, []
+        monkeypatch.setattr(train, "koleo", lambda z: real(z) * (math.nan if calls.append(1) or len(calls) > 4 else 1))
+    message = error("--out", tmp_path / "a", "--overwrite", *flags)
+    assert re.search(words, message), message
+    assert listing(tmp_path / "a") == before
+
+
+def test_a_new_run_takes_the_old_ones_place_whole(tmp_path):
+    run(tmp_path / "a", "--steps", 2)
+    (tmp_path / "a/eval.json").write_text('{"old": 1}')
+    run(tmp_path / "a", "--steps", 1, "--overwrite", "--seed", 5)
+    assert set(listing(tmp_path / "a")) == {"config.json", "log.jsonl", "last.pt"}
+    assert len(logged(tmp_path / "a")) == 1
+    assert json.loads((tmp_path / "a/config.json").read_text())["args"]["seed"] == 5
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.json", "eval.json"])
+def test_a_folder_with_any_part_of_a_run_is_not_written_over(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text("{}")
+    assert f"holds a run already ({name})" in error("--out", tmp_path / "a")
+    assert listing(tmp_path / "a") == {name: b"{}"}
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77'); f.flush(); print(1, flush=True); time.sleep(99)"
+    (tmp_path / "a").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a/.lock")], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert "is in use by process 77" in error("--out", tmp_path / "a")
+    other.kill()
+    other.wait()
+    run(tmp_path / "a", "--steps", 1)  # a dead one's claim is taken over
+    assert set(listing(tmp_path / "a")) == {"config.json", "log.jsonl", "last.pt"}
+
+
+def test_what_makes_a_run_is_its_global_batch(tmp_path):
+    run(tmp_path / "a", "--steps", 2, "--batch-size", 4)
+    flags = [*QUICK, "--out", tmp_path / "a", "--steps", 3, "--resume"]
+    script(*flags, "--batch-size", 2, ranks=2)
+    assert [line["step"] for line in logged(tmp_path / "a")] == [1, 2, 3]
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    message = error("--out", tmp_path / "a", "--steps", 4, "--resume", "--batch-size", 8)
+    assert "a global batch of 4 pictures (now 8 = --batch-size 8 x 1)" in message
+    del state["global_batch"]  # as older checkpoints: what config.json says of processes counts
+    torch.save(state, tmp_path / "a/last.pt")
+    run(tmp_path / "a", "--steps", 4, "--resume", "--batch-size", 4)
+
+
+def test_a_run_goes_on_for_longer_and_says_so(tmp_path, capsys):
+    run(tmp_path / "a", "--steps", 2)
+    assert "at step 2, beyond --steps 1" in error("--out", tmp_path / "a", "--steps", 1, "--resume")
+    state = run(tmp_path / "a", "--steps", 5, "--resume")
+    assert state["step"] == 5 and state["args"]["steps"] == 5 and len(logged(tmp_path / "a")) == 5
+    assert "--steps was 2 and is 5 now" in capsys.readouterr().out
+    wanted = train.schedule(train.parse([*QUICK, "--steps", "5"]), 3, 1)["lr"]
+    assert logged(tmp_path / "a")[3]["lr"] == pytest.approx(wanted)
+
+
+def test_skipped_files_are_counted_on_after_a_resume_and_blank_lines_passed_over(tmp_path):
+    pictures(tmp_path / "set")
+    flags = ["--data", tmp_path / "set", "--workers", 0]
+    run(tmp_path / "a", *flags, "--steps", 4)
+    before = logged(tmp_path / "a")[-1]["skipped"]
+    with open(tmp_path / "a/log.jsonl", "a") as log:
+        log.write("\n\n")
+    run(tmp_path / "a", *flags, "--steps", 8, "--resume")
+    assert before > 0 and logged(tmp_path / "a")[4]["skipped"] >= before
+
+
+def test_the_log_is_intact_where_it_cannot_be_written_anew(tmp_path, monkeypatch):
+    run(tmp_path / "a", "--steps", 2)
+    before = listing(tmp_path / "a")
+
+    def full(self, text):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "Disk quota exceeded" in error("--out", tmp_path / "a", "--steps", 3, "--resume")
+    assert listing(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, monkeypatch, network):
+    run(tmp_path / "a", "--steps", 2)
+    real = train.update_teacher
+
+    def spoil(teacher, student, momentum):
+        real(teacher, student, momentum)
+        with torch.no_grad():
+            {"student": student, "teacher": teacher}[network].backbone.cls_token.fill_(math.nan)
+
+    monkeypatch.setattr(train, "update_teacher", spoil)
+    message = error("--out", tmp_path / "b", "--steps", 1)
+    assert f"backbone.cls_token of the {network} is not finite at step 1" in message and "there is no checkpoint yet" in message
+    assert not (tmp_path / "b").exists()
+    assert "the checkpoint of step 2 is intact" in error("--out", tmp_path / "a", "--steps", 3, "--resume")
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    state[network]["backbone.norm.bias"][0] = math.inf
+    torch.save(state, tmp_path / "a/last.pt")
+    with pytest.raises(ValueError, match="a/last.pt.*norm.bias is not finite"):
+        clsspec.load(tmp_path / "a/last.pt", network)
+
+
+def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path):
+    run(tmp_path / "a", "--steps", 1, "--spec", "norms,qkv", "--spec-blocks", 4)
+    init = "--init", tmp_path / "a/last.pt", "--out", tmp_path / "b", "--steps", 1
+    assert "is specialised already, in another way" in error(*init, "--spec", "norms,qkv", "--spec-blocks", 8)
+    run(tmp_path / "b", *init, "--spec", "norms,qkv", "--spec-blocks", 4)
+    assert clsspec.load(tmp_path / "b/last.pt").config.spec_blocks == 4
+
+
+# No folder, no run: a flag out of range is refused by the parser. With each of the table's rows.
+ODD = [(name, value) for rows in train.FLAGS.values() for name, default, span, _ in rows if isinstance(span, tuple)
+       for value in ("nan", "inf", "-inf", "x", "", repr(span[0] - 1), repr(span[1] * 2 + 1))]
+
+
+def test_every_number_has_a_range(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(ODD) > 300
+    pairs = {name for rows in train.FLAGS.values() for name, default, *_ in rows if isinstance(default, tuple)}
+    for name, value in ODD:
+        with pytest.raises(SystemExit) as caught:
+            train.main([f"--{name}", value, value] if name in pairs else [f"--{name}={value}"])
+        line = capsys.readouterr().err
+        assert caught.value.code == 2 and line.count("\n") == 1 and line.startswith(f"error: argument --{name}"), (name, value, line)
+    for name in pairs:
+        with pytest.raises(SystemExit):
+            train.main([f"--{name}", "0.5", "0.2"])
+        assert "the wrong way round" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     run(tmp_path / "a", "--steps", 2)
     before = (tmp_path / "a/last.pt").read_bytes()
@@ -649,8 +828,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match="No space left.*the one before is intact.*--resume"):
-        train.save(tmp_path / "a/last.pt", {"step": 3})
+    message = error("--out", tmp_path / "a", "--steps", 4, "--resume")
+    assert re.search("at step 4: No space left.*step 2 is intact.*--resume", message), message
     assert (tmp_path / "a/last.pt").read_bytes() == before and not list((tmp_path / "a").glob("*.tmp"))
 
 
@@ -663,26 +842,26 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["student"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_killed_runs_leave_a_checkpoint_that_loads(tmp_path, number):
-    flags = [*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a"]
-    if number == signal.SIGINT:  # from a terminal: the workers get it too
-        pictures(tmp_path / "set")
-        flags += ["--data", tmp_path / "set", "--workers", 2]
+    """Signals reach all processes of a terminal or a job, those that read files too."""
+    pictures(tmp_path / "set")
+    flags = [*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a", "--data", tmp_path / "set", "--workers", 2]
     job = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     end = time.time() + 120
     while not (tmp_path / "a/last.pt").exists() and time.time() < end:
         time.sleep(0.05)
     time.sleep(1)
     os.killpg(job.pid, number)
-    out = job.communicate(timeout=60)[0]
+    said = job.communicate(timeout=60)[1]
     assert job.returncode == (-number if number == signal.SIGKILL else 128 + number)
     step = torch.load(tmp_path / "a/last.pt", weights_only=True)["step"]
     assert step >= 1
     if number != signal.SIGKILL:
-        assert "--resume" in out and logged(tmp_path / "a")[-1]["step"] == step
+        assert f"stopped by {number.name}; step {step} is saved, go on with --resume" in said
+        assert "Traceback" not in said and logged(tmp_path / "a")[-1]["step"] == step
 
 
 def test_dry_run_shows_the_papers_set_up_and_leaves_nothing(tmp_path):

@@ -30,7 +30,7 @@ foreground   How well each block's patches, after the final norm, tell foregroun
              area under the ROC curve, 0.5 not at all, mean over pictures, of cos(patch, [CLS]),
              `auc_cls`, and of the first principal component, the better of its two signs, `auc_pc`.
              Colour alone can do it: look at --network untrained, too. `miou`, %: the block's linear
-             probe, from eval.json, where `eval_dense.py RUN --tasks seg --layer BLOCK` was run.
+             probe, from eval.json, where `eval_dense.py RUN --tasks seg --layers BLOCK` was run.
              Wants masks: scenes, voc, pairs; --background says what is not foreground. (P2;
              formulas ours)
 degradation  The teacher's online probe in log.jsonl: each metric over steps, best, last, and what
@@ -213,7 +213,7 @@ def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
     kept = defaultdict(lambda: defaultdict(list))  # {(function, name): {block: [of each batch]}}
     parts = img.split(batch)
     for part in eval_dense.bar(parts, "walking", len(parts)):
-        for i, step in enumerate(walk(model, eval_dense.normalise(part.to(device) / 255))):
+        for i, step in enumerate(walk(model, clsspec.normalise(part.to(device) / 255))):
             for keep in keeps:
                 for name, value in keep(step).items():
                     kept[keep.__name__, name][i].append(value.cpu())
@@ -315,10 +315,12 @@ def probes(s: Subject) -> list[float]:
     out = [math.nan] * depth
     usual = eval_dense.title(s.args.network, s.args.data, s.args.root)
     for name, result in read_json(s.home / "eval.json").items():
-        words = [w for w in name.split(" ") if not w.startswith(("tasks=", "layer="))]
+        words = [w for w in name.split(" ") if not w.startswith(("tasks=", "layers=", "layer="))]
         if " ".join(words) == usual and "miou" in result:
-            layer = result["protocol"]["layer"] or depth
-            out[layer - 1] = result["miou"]
+            protocol = result["protocol"]  # older results have `layer`, a number or None
+            layers = protocol.get("layers") or [protocol.get("layer") or depth]
+            if len(layers) == 1:
+                out[layers[0] - 1] = result["miou"]
     return out
 
 
@@ -786,8 +788,8 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
 
 def subjects_of(args) -> list[Subject]:
     """The models, each with its pictures. ValueError: one twice, or no size for its patches."""
-    files = [eval_dense.checkpoint_of(name) for name in args.models]
-    names = [file.parent.name if file.name == "last.pt" else file.stem for file in files]
+    files = [clsspec.weights_file(name) for name in args.models]
+    names = [eval_dense.name_of(file) for file in files]
     if len(set(names)) < len(names):  # seeds in folders of their own: a/run, b/run
         names = ["/".join(file.parts[-3:]).removesuffix("/last.pt") for file in files]
     if len(set(names)) < len(names):
@@ -795,6 +797,7 @@ def subjects_of(args) -> list[Subject]:
     out = []
     for name, file in zip(names, files):
         model = clsspec.load(file, args.network).to(args.device)
+        print(f"{name}: {model.origin}")
         patch, side = model.config.patch, model.config.image_size // model.config.patch
         size = args.image_size or max(8, min(16, side)) * patch
         if size % patch:

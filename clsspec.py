@@ -26,11 +26,13 @@ d = D / H wide. State-dict names of a plain model are those of DINO and DINOv2.
 
 import argparse
 import copy
+import json
 import math
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -110,6 +112,7 @@ class Config:
     layerscale: float = 1e-5  # LayerScale's start; 0: no LayerScale (DINO v1)
     drop_path: float = 0.0  # stochastic depth: chance to skip a residual branch, in every block
     pos_antialias: bool = False  # how positions are resampled: see ViT.positions
+    pos_offset: float = 0.1  # the same
     registers: int = 0  # R, tokens without a position (arXiv 2309.16588)
     registers_path: str = "patch"  # whose weights they pass, where specialised: "patch", "cls"
     attn: str = "softmax"  # or "entmax15"
@@ -184,37 +187,55 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(img), "b d h w -> b (h w) d")  # (B, 3, h p, w p) -> (B, N, D)
 
 
+def in_parts(function, *x: Tensor) -> Tensor:
+    """function(*x), which looks at each row (last dimension) by itself. On a CPU so many rows at a
+    time as its cache can hold: entmax looks at them again and again, and takes 0.7 of the time."""
+    if x[0].is_cuda:
+        return function(*x)
+    out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
+    rows = max(2**18 // x[0].shape[-1], 1)
+    for to, *part in zip(*(v.flatten(0, -2).split(rows) for v in (out, *x))):
+        to.copy_(function(*part))
+    return out
+
+
 class Entmax15(torch.autograd.Function):
     """p = max(x / 2 - tau, 0)^2 along the last dimension, tau such that each row sums to 1: like
-    softmax, but a score well below the largest gets exactly 0 (arXiv 1905.05702).
-
-    With g = sqrt(p), |g| = 1 is solved for tau by Newton's method. |max(x / 2 - tau, 0)| is convex
-    and falls, so from max(x / 2) - 1, where it is 1 or more, every step stays on that side. After
-    2 + log4(T) steps no p was off by more than 3e-7 in the worst row of T that a search found.
-    Backward: dx = g dp - g sum(g dp) / sum(g).
-    """
+    softmax, but a score well below the largest gets exactly 0 (arXiv 1905.05702)."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        p = in_parts(Entmax15.solve, x)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def solve(x: Tensor) -> Tensor:
+        """Newton's method for |g| = 1, g = sqrt(p) = max(x / 2 - tau, 0). |g| is convex in tau and
+        falls, so from tau = max(x / 2) - 1, where it is 1 or more, every step stays on that side.
+        After 2 + log4(T) steps no p was off by more than 3e-7 in the worst row of T that a search
+        found."""
         z = x if x.dtype == torch.float64 else x.float()
-        z = (z - z.amax(-1, keepdim=True)) / 2  # the largest is 0, so tau is in [-1, 0)
+        z = (z - z.amax(-1, keepdim=True)).div_(2)  # the largest is 0, so tau is in [-1, 0)
         tau = -1.0
         for _ in range(2 + math.ceil(math.log(x.shape[-1], 4))):
             g = (z - tau).clamp_(min=0)
             norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
             tau = tau + norm * (norm - 1) / g.sum(-1, keepdim=True)
-        p = (z - tau).clamp_(min=0).square_().to(x.dtype)
-        ctx.save_for_backward(p)
-        return p
+        return (z - tau).clamp_(min=0).square_().to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dp: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
-        g = p.to(torch.promote_types(dp.dtype, torch.float32)).sqrt()
-        dx = g * dp
-        dx = dx - g * (dx.sum(-1, keepdim=True) / g.sum(-1, keepdim=True))
-        return dx.to(dp.dtype)
+        return in_parts(Entmax15.slope, *ctx.saved_tensors, dp)
+
+    @staticmethod
+    def slope(p: Tensor, dp: Tensor) -> Tensor:
+        """dx = g (dp - mean of dp in the row, weighted by g)."""
+        p = p.to(torch.promote_types(dp.dtype, torch.float32))
+        g = p * p.clamp(min=1e-37).rsqrt()  # p.sqrt(), which is slow at 0 on a CPU
+        mean = torch.linalg.vecdot(g, dp.to(g.dtype)) / g.sum(-1)
+        return (dp - mean[..., None]).mul_(g).to(dp.dtype)
 
 
 class Attention(nn.Module):
@@ -252,8 +273,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D); or of the first `asking` tokens alone, which still see all."""
         q, k, v = self.queries_keys_values(x)
         q = q[:, :, :asking]
-        # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a step
-        # of nano, which has 37.
+        # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a
+        # step of nano, which has 37.
         few = k.shape[2] < 64 and not x.is_cuda
         if self.kind == "entmax15" or few:
             out = self.weights(q, k) @ v
@@ -338,6 +359,8 @@ class ViT(nn.Module):
     """Pictures to tokens. Built plain, then specialised as the config says, so that a plain and a
     specialised model of one seed start from the same weights."""
 
+    origin = ""  # what a file said it is, see `load`
+
     def __init__(self, cfg: Config):
         super().__init__()
         c = self.config = replace(cfg, **NO_SPEC)
@@ -381,19 +404,21 @@ class ViT(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         """pos_embed for h x w patches, (1, 1 + h w, D): bicubic if the grid is not the native one.
 
-        pos_antialias False: as DINO and DINOv2, scale factor (h + 0.1) / grid, no antialias;
-        True: to the size, with antialias, as DINOv2 with registers and timm.
+        DINO and DINOv2 do so without antialias, by a scale factor (h + 0.1) / grid, pos_offset 0.1;
+        transformers' DINOv2 without it, to the size, pos_offset 0; DINOv2 with registers and timm
+        with it, to the size, pos_antialias True.
         """
         grid = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (grid, grid):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=grid).float()
-        if self.config.pos_antialias:
-            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=True)
-        else:
-            scale = (h + 0.1) / grid, (w + 0.1) / grid
+        antialias, offset = self.config.pos_antialias, self.config.pos_offset
+        if offset and not antialias:
+            scale = (h + offset) / grid, (w + offset) / grid
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+        else:
+            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=antialias)
         return torch.cat([cls, rearrange(patches, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
 
     def embed(self, img: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -412,23 +437,26 @@ class ViT(nn.Module):
         cls = (self.cls_token + positions[:, :1]).to(x.dtype)
         return cls.expand(len(x), -1, -1), x
 
-    def forward(self, img: Tensor, mask: Tensor | None = None, layer: int | None = None,
+    def forward(self, img: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = (),
                 cls_only: bool = False) -> dict[str, Tensor]:
-        """img: (B, 3, h p, w p), normalised pictures; mask: (B, N) bool, True hides a patch.
+        """img: (B, 3, h p, w p), pictures from `preprocess`; mask: (B, N) bool, True hides a patch.
 
-        layer: go through this many blocks; None: through all. cls_only: the last of them computes
-        [CLS] alone, which spares 5 % of a ViT-S. Returns the tokens after the final norm: cls
-        (B, D), registers (B, R, D), patches (B, N, D); with cls_only these two are empty.
+        layers: the blocks, counted from 1, whose tokens are wanted, one beside the other; none: the
+        last. cls_only: the last of all blocks computes [CLS] alone, which spares 5 % of a ViT-S.
+        Returns the tokens after the final norm: cls (B, D), registers (B, R, D), patches (B, N, D),
+        of several layers with as many times D; with cls_only registers and patches are empty.
         Raises ValueError if a side is not a multiple of the patch p.
         """
-        cls, x = self.embed(img, mask)
-        last = len(self.blocks) if layer is None else layer
-        for i in range(min(self.join, last)):  # CaiT: patches by themselves
-            x = self.step(self.blocks[i], x)
-        x = torch.cat([cls, x], dim=1)  # (B, T, D)
-        for i in range(self.join, last):
-            x = self.step(self.blocks[i], x, 1 if cls_only and i == last - 1 else None)
-        x = self.norm(x)
+        cls, x = self.embed(img, mask)  # (B, 1, D), (B, R + N, D)
+        kept, wanted = [], layers or (len(self.blocks),)
+        for i in range(max(wanted)):
+            if i == self.join:  # in CaiT patches are by themselves until then
+                x = torch.cat([cls, x], dim=1)  # (B, T, D)
+            alone = cls_only and i == len(self.blocks) - 1
+            x = self.step(self.blocks[i], x, 1 if alone else None)
+            if i + 1 in wanted:
+                kept.append(self.norm(x if i >= self.join else torch.cat([cls, x], dim=1)))
+        x = torch.cat(kept, dim=2) if len(kept) > 1 else kept[0]
         first = 1 + self.config.registers  # the first patch
         return {"cls": x[:, 0], "registers": x[:, 1:first], "patches": x[:, first:]}
 
@@ -499,13 +527,60 @@ def flops(c: Config, height: int, width: int) -> int:
 # --------------------------------------------------------------------------------------------------
 # Weights in and out.
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, RGB in [0, 1]
+
+
+@lru_cache
+def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of these numbers, made once: copying them waits until a GPU has done its work."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
+def normalise(img: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W), RGB in [0, 1] -> what all networks here, and public ones, take."""
+    mean, std = (constant(x, img.device, img.dtype)[:, None, None] for x in (MEAN, STD))
+    return (img - mean) / std
+
+
+def preprocess(img: Tensor, patch: int, side: int = 0) -> Tensor:
+    """uint8 pictures (B, 3, H, W), or one, (3, H, W), RGB -> what a ViT takes, (B, 3, h p, w p).
+
+    side: of the shorter side, in pixels, 0: as it is; both are resized, antialiased, to the nearest
+    multiple of the patch p."""
+    need(img.dtype == torch.uint8 and img.ndim in (3, 4) and img.shape[-3] == 3,
+         f"preprocess takes uint8 pictures (B, 3, H, W), RGB; got {img.dtype} {tuple(img.shape)}")
+    img = img.reshape(-1, *img.shape[-3:]) / 255
+    scale = side / min(img.shape[-2:]) if side else 1
+    size = [max(round(n * scale / patch), 1) * patch for n in img.shape[-2:]]
+    return normalise(F.interpolate(img, size, mode="bilinear", antialias=True).clamp(0, 1))
+
+
+KNOWN_FILES = "last.pt", "model.safetensors", "pytorch_model.bin"  # ours; the Hugging Face Hub's
+
+
+def weights_file(name) -> Path:
+    """The file of weights in a run folder, or in a folder of the Hugging Face Hub; any other name
+    as it is. ValueError: a folder without one."""
+    path = Path(name)
+    if path.is_dir():
+        found = [path / file for file in KNOWN_FILES if (path / file).exists()]
+        need(found, f"{path} has no {', '.join(KNOWN_FILES)}; name a run folder or a file of "
+             "weights")
+        return found[0]
+    return path
+
 
 def read(path) -> dict:
-    """What torch.save put into a file, on the CPU; nothing in it is ever run.
+    """What torch.save, or safetensors, put into a file, on the CPU; nothing in it is ever run.
     ValueError: which file, what is wrong, what to do."""
-    path = Path(path)
-    need(path.is_file(), f"no checkpoint at {path}; train one with: python train.py")
+    path = weights_file(path)
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+    more = f"; a model of the Hugging Face Hub? hf download {path} --local-dir {path.name}, then " \
+           f"give {path.name}" if hub else ""
+    need(path.is_file(), f"no checkpoint at {path}; train one with: python train.py{more}")
     need(path.stat().st_size, f"{path} is empty, as a full disk leaves it; copy or make it again")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its flags so
             mmap = zipfile.is_zipfile(path)  # torch's format since 1.6
@@ -520,40 +595,95 @@ def read(path) -> dict:
     return state
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file: 8 bytes with the length of a JSON text, {name: type, shape, from and to
+    which byte of the rest}; then the bytes. ValueError: it is none, or a part is missing."""
+    data, state = bytearray(path.read_bytes()), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        need(8 < start <= len(data), "its header ends beyond the file's end")
+        for name, one in json.loads(data[8:start]).items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (low, high) = DTYPES[one["dtype"]], one["shape"], one["data_offsets"]
+            need(0 <= low < high <= len(data) - start, f"{name} lies beyond the file's end")
+            part = memoryview(data)[start + low : start + high]
+            state[name] = torch.frombuffer(part, dtype=dtype).view(shape).clone()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
+        raise ValueError(f"{path} is cut short, damaged, or no safetensors file of weights "
+                         f"({str(err).splitlines()[0][:100]}); copy it again") from None
+    return state
+
+
 def not_finite(state: dict) -> str:
     """The name of the first tensor with a NaN or an infinity; "" if there is none."""
     tensors = ((name, x) for name, x in state.items() if isinstance(x, Tensor))
     return next((name for name, x in tensors if not x.isfinite().all()), "")
 
 
+def save(model: ViT, path) -> None:
+    """Write a ViT, specialised or not, to a file that `load` and all commands read."""
+    torch.save({"model": asdict(model.config), "weights": model.state_dict()}, path)
+
+
 def load(path, network: str = "teacher") -> ViT:
-    """The ViT in any file: the "teacher" or "student" in a checkpoint of train.py, or "untrained",
-    as both were at step 0, made again from the seed; or the one of public weights, for which
-    `load_weights` has more options. On the CPU, in eval mode."""
+    """The ViT in any file: in one of `save`; the "teacher" or "student" in a checkpoint of train.py
+    or "untrained", as both were at step 0, made again from the seed; or public weights, for which
+    `load_weights` has more options. On the CPU, in eval mode; `model.origin` says what it is."""
+    path = weights_file(path)
     state = read(path)
     ours = isinstance(state.get("model"), dict) and "width" in state["model"]
-    if not ours:
+    alone = ours and "weights" in state  # of `save`: without a training
+    if not ours or alone:
         need(network != "untrained",
-             f"{path} holds public weights: nobody knows its untrained network")
+             f"{path} holds weights alone: nobody knows its untrained network")
+    if not ours:
         return load_weights(state, network, name=str(path))
     try:
         cfg = Config(**state["model"] | {"spec": tuple(state["model"]["spec"])})
-        seed, init = state["args"]["seed"], state["args"].get("init")
-        if network != "untrained":
+        if network == "untrained":
+            seed, init = state["args"]["seed"], state["args"].get("init")
+        else:
             # Beside the backbone there are heads; DistributedDataParallel's prefix comes before it.
-            parts = ((name.partition("backbone."), value) for name, value in state[network].items())
+            parts = ((name.partition("backbone."), x) for name, x in state.get(network, {}).items())
             weights = {name: value for (_, found, name), value in parts if found}
+            weights = state["weights"] if alone else weights
             model = ViT(cfg)
             model.load_state_dict(weights)
             odd = not_finite(weights)
             need(not odd, f"{odd} is not finite: its training diverged")
+            at = "" if alone else f"; {network}, step {state.get('step', 'unknown')}"
+            model.origin = described(model) + at
             return model.eval()
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
         raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return start(cfg, init).eval()
+        model = start(cfg, init).eval()
+    model.origin = described(model) + "; untrained, as at step 0"
+    return model
+
+
+def described(model: ViT) -> str:
+    """What a network is: "ViT-S/14, 12 blocks, 6 heads, 22.06 M parameters, made for 518 px"."""
+    c = model.config
+    named = {width: size for size, (width, *_) in SIZES.items()}
+    short = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+    size = named.get(c.width, f"{c.width} wide")
+    parts = [f"ViT-{short.get(size, size)}/{c.patch}", f"{c.depth} blocks", f"{c.heads} heads",
+             f"{parameters(model)[0] / 1e6:.2f} M parameters", f"made for {c.image_size} px"]
+    parts += ["LayerScale"] if c.layerscale else []
+    parts += [f"{c.registers} registers"] if c.registers else []
+    by_block = {"qkv", "proj", "mlp"} & set(c.spec)
+    if c.spec:
+        where = f" in the {c.spec_where} {c.spec_blocks} blocks" if by_block else ""
+        parts.append(f"specialised: {' and '.join(c.spec)}{where}")
+    return ", ".join(parts)
 
 
 def start(cfg: Config, init: str | None = None) -> ViT:
@@ -565,6 +695,7 @@ def start(cfg: Config, init: str | None = None) -> ViT:
     given = load(init)
     model = ViT(replace(given.config, drop_path=cfg.drop_path))
     model.load_state_dict(given.state_dict())
+    model.origin = given.origin
     has, wanted = ([getattr(c, name) for name in NO_SPEC] for c in (given.config, cfg))
     if has == wanted:
         return model
@@ -576,33 +707,57 @@ def start(cfg: Config, init: str | None = None) -> ViT:
 
 
 # In public files, but no part of a backbone.
-HEADS = ("head.", "head_dist.", "dino_head.", "ibot_head.", "linear_head.",
+HEADS = ("head.", "head_dist.", "dino_head.", "ibot_head.", "linear_head.", "classifier.",
          "dino_loss.", "ibot_patch_loss.")
-# What wrappers put into names, wherever they stand.
-WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# Other people's names -> ours, one rule after the other, on every name.
+RENAMED = (
+    # What wrappers put into names, wherever they stand.
+    (r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
+    (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # DINOv2 in chunks for FSDP
+    (r"gamma_([12])$", r"ls\1.gamma"),  # DeiT-III
+    (r"^reg_token$", "register_tokens"),  # timm
+    # transformers' Dinov2, with and without registers, old and new.
+    (r"^dinov2(_with_registers)?\.", ""),
+    (r"^embeddings\.", ""),
+    (r"^patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^position_embeddings$", "pos_embed"),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+)
 
 
 def our_names(state: dict, network: str) -> dict[str, Tensor]:
-    """The backbone's weights in a state dict of DINO, DINOv2, DeiT-III or timm, under our names."""
+    """The backbone's weights in a state dict of DINO, DINOv2, DeiT-III, timm or transformers, under
+    our names."""
     for key in (network, "model", "state_dict"):  # whole trainings keep networks in dicts of dicts
         state = state[key] if isinstance(state.get(key), dict) else state
     other = "student." if network == "teacher" else "teacher."
     out = {}
     for name, value in state.items():
-        name = re.sub(WRAPPERS, "", str(name))
+        name = re.sub(*RENAMED[0], str(name))
         name = re.sub(rf"^({network}\.|backbone\.)*", "", name)
-        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # DINOv2 in chunks for FSDP
-        name = re.sub(r"gamma_([12])$", r"ls\1.gamma", name)  # DeiT-III
-        name = re.sub(r"^reg_token$", "register_tokens", name)  # timm
+        for theirs, ours in RENAMED[1:]:
+            name = re.sub(theirs, ours, name)
         if not name.startswith((*HEADS, other)):
             out[name] = value
+    for name in [name for name in out if ".attn.q." in name]:  # three layers are one of ours
+        names = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(isinstance(out.get(part), Tensor) for part in names):
+            whole = name.replace(".attn.q.", ".attn.qkv.")
+            out[whole] = torch.cat([out.pop(part) for part in names])
     return out
 
 
 def load_weights(source, network: str = "teacher", pos_antialias: bool | None = None,
                  heads: int | None = None, name: str = "these weights") -> ViT:
     """The ViT of public weights, plain, its shape read off them: DINO's, DINOv2's with or without
-    registers, DeiT-III's, or timm's of the same. On the CPU, in eval mode.
+    registers, in their own layout or transformers', DeiT-III's, or timm's of the same. On the CPU,
+    in eval mode; `model.origin` says what it is, and how many tensors of the file it took.
 
     source: a file, or a state dict; both may be of a whole training, with `network` ("teacher" or
     "student") inside. Classification and projection heads are left out. heads: of attention, which
@@ -613,11 +768,12 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     if not isinstance(source, dict):
         source, name = read(source), str(source)
     s = our_names(source, network)
+    taken = len(s)
     wanted = "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
     missing = [key for key in wanted if key not in s]
     need(not missing, f"{name}: no {', '.join(missing)}, so neither a checkpoint of train.py nor a "
-         "ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III or timm; it has "
-         f"{', '.join(sorted(map(str, source))[:3])} ...")
+         "ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III, timm or transformers' Dinov2; it "
+         f"has {', '.join(sorted(map(str, source))[:3])} ...")
     odd = [key for key, value in s.items() if not isinstance(value, Tensor)]
     need(not odd, f"{name}: {', '.join(odd)} must be tensors")
     odd = not_finite(s)
@@ -630,14 +786,17 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     if math.isqrt(tokens) ** 2 == tokens:  # a square of patches: none for [CLS]
         s["pos_embed"] = F.pad(s["pos_embed"], (0, 0, 1, 0))
     scale = "blocks.0.ls1.gamma" in s
+    theirs = [str(key) for key in (source.get("model") or source)]
+    hub = any("embeddings." in key for key in theirs)  # transformers
     if pos_antialias is None:
-        deit = any("gamma_1" in key for key in (source.get("model") or source))
-        timm_v2 = scale and "mask_token" not in s and not deit
+        deit = any("gamma_1" in key for key in theirs)
+        timm_v2 = scale and "mask_token" not in s and not deit and not hub
         pos_antialias = "register_tokens" in s or timm_v2
     s.setdefault("mask_token", torch.zeros(1, width))  # only DINOv2 has one
     patch = s["patch_embed.proj.weight"].shape[-1]
     model = ViT(Config(
         width=width, heads=heads or known[width], patch=patch, pos_antialias=pos_antialias,
+        pos_offset=0.0 if hub else 0.1,
         depth=1 + max(int(key.split(".")[1]) for key in s if key.startswith("blocks.")),
         image_size=patch * math.isqrt(tokens), layerscale=1e-5 if scale else 0.0,
         mlp_ratio=len(s["blocks.0.mlp.fc1.weight"]) / width,
@@ -648,6 +807,7 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     except RuntimeError as err:
         lines = [line.strip() for line in str(err).splitlines()[1:]]
         raise ValueError(f"{name}: {' '.join(lines)}") from None
+    model.origin = f"{described(model)}; all {taken} tensors of the backbone used"
     return model.eval()
 
 

@@ -6,7 +6,8 @@
     python eval_dense.py runs/NAME --data voc --root path/to/VOC --tasks seg
 
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
-Features  patches of the last block (or --layer) after the final norm; --cat-cls: [CLS] beside each.
+Features  patches of the last block after the final norm; of several, --layers 3,6,9,12, side by
+          side; --cat-cls: [CLS] beside each.
           The backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
 Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
           multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
@@ -72,7 +73,7 @@ from tqdm import tqdm
 
 import clsspec
 import scenes
-from clsspec import ViT, need
+from clsspec import ViT, need, normalise
 
 TASKS = ("seg", "depth", "cls", "knn")
 DENSE = ("seg", "depth")  # of every pixel; the others are of the picture as a whole
@@ -628,6 +629,11 @@ def rates(text: str) -> tuple[float, ...]:
     return tuple(map(within(float, 1e-9, 1e3), text.split(",")))
 
 
+def blocks(text: str) -> tuple[int, ...]:
+    """A flag's reader: a comma list of blocks, in their order, each once."""
+    return tuple(sorted({within(int, 1, 999)(number) for number in names(text)}))
+
+
 def flag(kind, default, help: str):
     """A field of Protocol that is a flag of the same name, read by `kind`."""
     return field(default=default, metadata={"kind": kind, "help": help})
@@ -645,7 +651,8 @@ class Protocol:
     crop: int = flag(PIXELS, 0, "side of the crops that heads are trained on; 0: whole pictures")
     window: int = flag(PIXELS, 0, "side of the windows to test in; 0: whole pictures")
     flip: bool = flag(bool, False, "test on the mirrored picture, too, and average")
-    layer: int | None = flag(COUNT, None, "number of blocks that features come from; all")
+    layers: tuple = flag(blocks, (), "comma list of the blocks that features come from, 1 is the "
+                         "first; the last")
     cat_cls: bool = flag(bool, False, "[CLS] beside every patch")
     iterations: int = flag(COUNT, 1000, "of the dense heads")
     batch_size: int = flag(within(int, 1, 65_536), 32, "pictures an iteration")
@@ -702,21 +709,6 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pict
 # --------------------------------------------------------------------------------------------------
 # Frozen features.
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictures, RGB in [0, 1]
-
-
-@lru_cache
-def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of these numbers, made once: copying them waits until a GPU has done its work."""
-    return torch.tensor(values, device=device, dtype=dtype)
-
-
-def normalise(img: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), RGB in [0, 1] -> what every network here is trained on."""
-    mean, std = (constant(x, img.device, img.dtype)[:, None, None] for x in (MEAN, STD))
-    return (img - mean) / std
-
-
 QUIET = 0.5 if sys.stderr.isatty() else 20  # seconds between a bar's pictures: files keep them all
 
 
@@ -727,9 +719,10 @@ def bar(stream, title: str, total: int):
 @torch.no_grad()
 def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
-    and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D)."""
+    and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D). Of several layers each
+    D is as many times as wide."""
     with torch.autocast(img.device.type, torch.bfloat16, enabled=img.is_cuda):  # as in training
-        out = model(normalise(img / 255), layer=p.layer)
+        out = model(normalise(img / 255), layers=p.layers)
     cls, x = out["cls"].float(), out["patches"].float()  # (B, D), (B, N, D)
     whole = torch.cat([cls, x.mean(1)], 1)
     if p.cat_cls:
@@ -824,7 +817,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
                 workers: int) -> dict[tuple[float, str], Head]:
     """Train on the pictures `index` of a split, from features `x` in its memory or, where there are
     none, with the backbone in the loop. Returns a head for every (rate in p.lr, dense task)."""
-    width, heads = model.config.width * (1 + p.cat_cls), {}
+    width, heads = model.config.width * max(len(p.layers), 1) * (1 + p.cat_cls), {}
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU: the same on all devices
         for lr in p.lr:
             torch.manual_seed(p.seed)  # and the same for all rates
@@ -1086,9 +1079,10 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     picture, and rows of `keep` pictures with predictions. Features of whole pictures are computed
     once if they take no more than cache_gib. ValueError: what is wrong with data or protocol."""
     start, p = time.time(), p or PROTOCOLS[data]
-    depth, width, patch = model.config.depth, model.config.width, model.config.patch
-    need(p.layer is None or p.layer <= depth,
-         f"--layer {p.layer} is outside 1 to {depth}, the depth here")
+    depth, patch = model.config.depth, model.config.patch
+    width = model.config.width * max(len(p.layers), 1)
+    need(max(p.layers, default=1) <= depth,
+         f"--layers {','.join(map(str, p.layers))} is outside 1 to {depth}, the depth here")
     p = replace(p, crop=whole_patches(p.crop, patch), window=whole_patches(p.window, patch))
     train, test = open_set(data, root, p, patch, next(model.parameters()).device)
     kinds = set(train.memory or train.rows[0]) & set(test.memory or test.rows[0])
@@ -1153,14 +1147,14 @@ def versions() -> dict[str, str]:
 # The command.
 
 
-def checkpoint_of(name: str) -> Path:
-    """The file of a run folder, or of a checkpoint or weights named as they are."""
-    return Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
+def name_of(path: Path) -> str:
+    """What a file of weights is called: as its folder, where all such files have the same name."""
+    return path.absolute().parent.name if path.name in clsspec.KNOWN_FILES else path.stem
 
 
 def home(path: Path) -> Path:
-    """Where the results of a checkpoint go: its run folder; runs/FILE, if it has none."""
-    return path.parent if path.name == "last.pt" else Path("runs") / path.stem
+    """Where the results of a checkpoint go: its run folder; runs/NAME, if it has none."""
+    return path.parent if path.name == "last.pt" else Path("runs") / name_of(path)
 
 
 def title(network: str, data: str, root: str) -> str:
@@ -1210,7 +1204,7 @@ def parse(argv) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-IMAGEFOLDER = {"tasks", "image_size", "layer", "seed"}  # the fields that mean something there
+IMAGEFOLDER = {"tasks", "image_size", "layers", "seed"}  # the fields that mean something there
 
 
 def changes(args) -> dict:
@@ -1241,7 +1235,7 @@ def run(args) -> None:
     for name, value in changed.items():
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         key += f" {name}={value}"
-    paths = [checkpoint_of(name) for name in args.runs]
+    paths = [clsspec.weights_file(name) for name in args.runs]
     models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
     for out in map(home, paths):  # before hours of work
         read_json(out / "eval.json")
@@ -1252,7 +1246,7 @@ def run(args) -> None:
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures)
         record(home(path) / "eval.json", key, result)  # kept first, printed second
-        print(f"{name}: {key}, {result['seconds']:.0f} s")
+        print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}")
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
         print("  " + "  ".join(numbers))
         if args.save_pictures and shots:

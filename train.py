@@ -60,8 +60,8 @@ from tqdm import tqdm
 
 import clsspec
 import eval_dense
-from clsspec import need
-from eval_dense import Stopped, bar, normalise, one_line, patient, signals, within
+from clsspec import need, normalise
+from eval_dense import Stopped, bar, one_line, patient, signals, within
 from scenes import Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -206,6 +206,15 @@ SHAPE = "size", "patch", "layerscale", "mlp_ratio", "registers", "attn", "attn_b
 SPEC = "spec", "spec_blocks", "spec_where", "spec_rank", "registers_path"
 
 
+def short(path) -> str:
+    """A name for a file or folder, and of its folder where it is called as many others are."""
+    path = Path(path).absolute()
+    if path.name in clsspec.KNOWN_FILES:
+        return path.parent.name
+    common = path.stem in ("train", "images", "pictures", "data")
+    return f"{path.parent.name}-{path.stem}" if common else path.stem
+
+
 def parse(argv) -> argparse.Namespace:
     """Flags; whatever is wrong with one of them is said in a line, before anything is read."""
     p = eval_dense.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,12 +256,13 @@ def parse(argv) -> argparse.Namespace:
     for name in SHAPE if args.init else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
+        setattr(args, name, None)  # what a scale would have is not what this network has
     if args.supervised:  # one view a picture, and one loss
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
     args.spec = tuple(filter(None, args.spec.split(",")))
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
-        given = [Path(x).stem for x in (args.init, args.data) if x not in (None, "scenes")]
+        given = [short(x) for x in (args.init, args.data) if x not in (None, "scenes")]
         spec, seed = args.spec or ["plain"], f"s{args.seed}"
         words = [args.recipe, args.scale, *given, *spec, blocks, seed]
         args.out = "runs/" + "-".join(filter(None, words))
@@ -371,7 +381,7 @@ LUMA, CROSS = (0.299, 0.587, 0.114), ((0, -1, 1), (1, 0, -1), (-1, 1, 0))
 
 def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     """Factors (B,), turns (B,) and which pictures become grey (B,) -> matrices (B, 3, 3) of RGB."""
-    luma, cross = (eval_dense.constant(x, hue.device, hue.dtype) for x in (LUMA, CROSS))
+    luma, cross = (clsspec.constant(x, hue.device, hue.dtype) for x in (LUMA, CROSS))
     eye = torch.eye(3, device=hue.device)
     third, cross = torch.full_like(eye, 1 / 3), cross / math.sqrt(3)
     turn = (2 * math.pi * hue)[:, None, None]
@@ -394,8 +404,9 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do;
     or `three`, DeiT-III's 3-Augment: one of grey, solarise and blur, and a milder jitter.
 
-    img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: the crop's
-    share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in pixels;
+    img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: the
+    crop's share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in
+    pixels;
     strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
     """
     h, w = img.shape[-2:]
@@ -433,7 +444,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     x = rows[:, None] @ x  # (B, 3, size, size)
 
     # Brightness, contrast, saturation, hue and grey are one linear map of colours, and an offset.
-    luma = eval_dense.constant(LUMA, img.device, img.dtype)
+    luma = clsspec.constant(LUMA, img.device, img.dtype)
     offset = (1 - contrast) * bright * (x.mean((2, 3)) @ luma)
     colour = (bright * contrast)[:, None, None] * colouring(saturation, hue, grey)
     x = (colour @ x.flatten(2) + offset[:, None, None]).clamp(0, 1)
@@ -976,7 +987,7 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
     theirs, step = state["args"], state["step"]
     odd = [f"--{k.replace('_', '-')} {theirs[k]} (now {v})" for k, v in as_json(args).items()
-           if k not in FREE and theirs.get(k, v) != v]
+           if k not in FREE and theirs.get(k, v) != v and not (args.init and k in SHAPE)]
     # Old checkpoints do not say on how many ranks they were made; their folder does.
     config = eval_dense.read_json(args.out / "config.json")
     alone = theirs.get("batch_size", args.batch_size) * config.get("processes", 1)
@@ -1204,8 +1215,6 @@ def run(args, rank: int, ranks: int) -> None:
     start, main, cuda = time.time(), rank == 0, args.device == "cuda"
     say = print if main else lambda *_, **__: None
     eval_dense.check_device(args)
-    say(f"scale {args.scale} ({torch.cuda.get_device_name() if cuda else 'no GPU in use'}), recipe "
-        f"{args.recipe}, data {args.data}, spec {','.join(args.spec) or 'none'}", flush=True)
     scenes = args.data == "scenes"
     folder = None if scenes or args.dry_run or args.bench else Folder(args.data, args.source_size)
     args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
@@ -1214,6 +1223,10 @@ def run(args, rank: int, ranks: int) -> None:
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
+    machine = torch.cuda.get_device_name() if cuda else "no GPU in use"
+    what = f"{args.init}: {shape.backbone.origin};" if args.init else f"scale {args.scale}"
+    say(f"{what} ({machine}), recipe {args.recipe}, data {args.data}, spec "
+        f"{','.join(args.spec) or 'none'}", flush=True)
     check(args, folder, shape, ranks)
     if args.dry_run:
         return describe(args, shape, ranks) if main else None

@@ -1,14 +1,17 @@
 """The model: the same function as a plain ViT at the start, every variant against its equation, public weights."""
 
 import argparse
+import json
 import re
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import resize
 
 import clsspec
 import train
@@ -473,7 +476,7 @@ def test_class_attention_is_the_first_row_of_attention_and_leaves_patches_alone(
         model.cls_token += torch.randn_like(model.cls_token)
     after = model(img)
     assert torch.equal(before["patches"], after["patches"]) and not torch.equal(before["cls"], after["cls"])
-    assert model(img, layer=1)["patches"].shape == (2, 16, 32)
+    assert model(img, layers=(1,))["patches"].shape == (2, 16, 32)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -607,6 +610,37 @@ def test_every_combination_trains_or_is_refused(recipe, attn, class_attn, tmp_pa
 # --- public weights ----------------------------------------------------------------------------------
 
 
+def transformers_names(state, new=False):
+    """Our names -> those of transformers' Dinov2, as of 4.40 and, `new`, of 5."""
+    where = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"} if new else \
+        {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
+    rules = [(r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"), (r"^pos_embed$", "embeddings.position_embeddings"),
+             (r"^patch_embed.proj", "embeddings.patch_embeddings.projection"), (r"^blocks", "encoder.layer"),
+             (r"attn.proj", f"attention.{where['o']}"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"), (r"^norm\.", "layernorm.")]
+    out = {}
+    for name, value in state.items():
+        for ours, theirs in rules:
+            name = re.sub(ours, theirs, name)
+        if ".attn.qkv." in name:
+            for part, one in zip("qkv", value.chunk(3)):
+                out[name.replace("attn.qkv", f"attention.{where[part]}")] = one.clone()
+        else:
+            out[name] = value
+    return out
+
+
+def write_safetensors(path, state, header=None, cut=0):
+    """As the format's specification says: length of the header, header, bytes."""
+    kinds, entries, parts, at = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}, {}, [], 0
+    for name, value in state.items():
+        raw = bytes(value.contiguous().flatten().view(torch.uint8).tolist())
+        entries[name] = {"dtype": kinds[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + len(raw)]}
+        at, parts = at + len(raw), [*parts, raw]
+    text = json.dumps(header or entries | {"__metadata__": {"format": "pt"}}).encode()
+    whole = len(text).to_bytes(8, "little") + text + b"".join(parts)
+    path.write_bytes(whole[: len(whole) - cut])
+
+
 def layouts():
     """Name -> (our model, the same weights as the public file has them, what load_weights takes besides)."""
     def model(**changes):
@@ -638,7 +672,13 @@ def layouts():
         timm_reg = no_cls_position(reg)
         timm_reg["reg_token"] = timm_reg.pop("register_tokens")
         deit_names = {re.sub(r"ls(\d).gamma", r"gamma_\1", k): v for k, v in no_cls_position(deit).items()}
-    return {"DINO": (dino, state(dino), {}), "DINO, whole training": (dino, whole, {}),
+        hub = model(pos_offset=0.0)
+    return {"transformers": (hub, transformers_names(state(hub, None)), {}),
+            "transformers, classifier": (hub, {f"dinov2.{k}": v for k, v in transformers_names(state(hub, None)).items()}
+                                         | {"classifier.weight": torch.zeros(5, 128)}, {}),
+            "transformers, new names": (hub, transformers_names(state(hub, None), new=True), {}),
+            "transformers, registers": (reg, transformers_names(state(reg, None)), {}),
+            "DINO": (dino, state(dino), {}), "DINO, whole training": (dino, whole, {}),
             "DINO, its student": (dino, whole, {"network": "student"}),
             "DINOv2": (v2, state(v2, None), {}), "DINOv2, whole training": (v2, {"teacher": chunks}, {}),
             "DINOv2 with registers": (reg, state(reg, None), {}), "timm's DINOv2": (timm, state(timm), {}),
@@ -663,6 +703,99 @@ def test_public_weights_load_and_compute_the_same(name, tmp_path):
     before = tokens(ours.double(), img.double())
     after = tokens(specialize(ours, ("norms", "qkv")), img.double())
     torch.testing.assert_close(after, before, atol=1e-12, rtol=0)
+
+
+def test_a_file_of_safetensors(tmp_path):
+    file, small = tmp_path / "a.safetensors", {"x": torch.randn(2, 3), "y": torch.randn(4).bfloat16(), "z": torch.tensor(2.0).half()}
+    write_safetensors(file, small)
+    found = clsspec.read(file)
+    assert found.keys() == small.keys() and all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in small.items())
+    model, state, _ = layouts()["transformers, classifier"]
+    (tmp_path / "hub").mkdir()
+    write_safetensors(tmp_path / "hub" / "model.safetensors", state)
+    ours = clsspec.load(tmp_path / "hub")
+    img = torch.randn(1, 3, 24, 48)
+    torch.testing.assert_close(tokens(ours, img), tokens(model, img), atol=1e-5, rtol=0)
+    assert "all 49 tensors" in ours.origin and "LayerScale" in ours.origin and "made for 32 px" in ours.origin, ours.origin
+
+
+@pytest.mark.parametrize("what", ["cut in the bytes", "cut in the header", "cut in the length", "text", "foreign type", "list",
+                                  "beyond", "backwards", "negative", "shape", "words", "too long"])
+def test_a_damaged_file_of_safetensors_is_refused(what, tmp_path):
+    file, state = tmp_path / "a.safetensors", {"x": torch.randn(2, 3), "y": torch.randn(4)}
+    one = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    headers = {"foreign type": {"x": one | {"dtype": "F8"}}, "list": [1, 2], "beyond": {"x": one | {"data_offsets": [0, 400]}},
+               "backwards": {"x": one | {"data_offsets": [24, 0]}}, "negative": {"x": one | {"data_offsets": [-24, 0]}},
+               "shape": {"x": one | {"shape": [2, 4]}}, "words": {"x": one | {"data_offsets": ["a", "b"]}}}
+    cuts = {"cut in the bytes": 3, "cut in the header": 50, "cut in the length": 10**4}
+    write_safetensors(file, state, headers.get(what))
+    if what in cuts:
+        file.write_bytes(file.read_bytes()[: -cuts[what]] if cuts[what] < 10**4 else file.read_bytes()[:5])
+    if what == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1")
+    if what == "too long":
+        file.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="is cut short, damaged, or no safetensors file") as err:
+        clsspec.read(file)
+    assert "\n" not in str(err.value)
+
+
+def test_a_tensor_too_many_or_too_few_is_refused(tmp_path):
+    for name in ("transformers", "DINOv2"):
+        _, state, _ = layouts()[name]
+        left_out = next(key for key in state if "query.bias" in key or "qkv.bias" in key)
+        for wrong in (state | {"blocks.0.extra": torch.zeros(3)}, {k: v for k, v in state.items() if k != left_out}):
+            with pytest.raises(ValueError, match="extra|qkv.bias|attn.k.bias"):
+                clsspec.load_weights(wrong)
+
+
+def test_the_file_in_a_folder_and_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no last.pt, model.safetensors, pytorch_model.bin; name a run folder"):
+        clsspec.load("empty")
+    with pytest.raises(ValueError, match="hf download facebook/dinov2-small --local-dir dinov2-small, then give dinov2-small$"):
+        clsspec.load("facebook/dinov2-small")
+    with pytest.raises(ValueError, match="train.py$"):
+        clsspec.load("runs/a/last.pt")
+
+
+def test_a_saved_network_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model = vit(registers=2, attn_bias=True).float().eval()
+    specialize(model, ("norms", "qkv"), blocks=2)
+    clsspec.save(model, tmp_path / "mine.pt")
+    again, img = clsspec.load(tmp_path / "mine.pt"), torch.randn(1, 3, 24, 48)
+    assert torch.equal(tokens(again, img), tokens(model, img)) and again.config == model.config
+    assert "specialised: norms and qkv in the first 2 blocks" in again.origin and not again.training
+    with pytest.raises(ValueError, match="nobody knows its untrained network"):
+        clsspec.load(tmp_path / "mine.pt", "untrained")
+
+
+def test_preprocess_resizes_to_whole_patches_and_normalises():
+    img = torch.full((3, 50, 90), 255, dtype=torch.uint8)
+    for side, size in ((0, (56, 84)), (28, (28, 56)), (224, (224, 406)), (1, (14, 14))):
+        assert clsspec.preprocess(img, 14, side).shape == (1, 3, *size)
+    white = clsspec.preprocess(img, 14)[0, :, 3, 5]
+    torch.testing.assert_close(white, (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+    noise = torch.randint(256, (2, 3, 28, 42), dtype=torch.uint8)
+    torch.testing.assert_close(clsspec.preprocess(noise, 14), clsspec.normalise(noise / 255), atol=1e-5, rtol=0)
+    smaller = clsspec.normalise(resize(noise[..., :28], [14, 14], antialias=True) / 255)  # rounded to whole numbers
+    torch.testing.assert_close(clsspec.preprocess(noise[..., :28], 14, 14), smaller, atol=0.02, rtol=0)
+    for bad in (torch.zeros(3, 14, 14), torch.zeros(14, 14, 3, dtype=torch.uint8), torch.zeros(1, 14, 14, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="preprocess takes uint8 pictures"):
+            clsspec.preprocess(bad, 14)
+
+
+def test_several_layers_stand_side_by_side():
+    for some in ({}, {"class_attn": 1, "registers": 2}):
+        model, img = vit(**some), picture()
+        one = [model(img, layers=(i,)) for i in (1, 3)]
+        both = model(img, layers=(1, 3))
+        for kind, x in both.items():
+            torch.testing.assert_close(x, torch.cat([part[kind] for part in one], dim=-1), atol=1e-12, rtol=0)
+        assert both["patches"].shape == (2, 16, 64)
+        torch.testing.assert_close(one[1]["patches"], model(img)["patches"], atol=0, rtol=0)
 
 
 def test_wrappings_and_shapes_of_weights():

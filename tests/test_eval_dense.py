@@ -158,7 +158,7 @@ def test_difference_is_paired_over_pictures():
 
 
 def test_normalise_is_imagenets():
-    white = eval_dense.normalise(torch.ones(1, 3, 2, 2))[0, :, 0, 0]
+    white = clsspec.normalise(torch.ones(1, 3, 2, 2))[0, :, 0, 0]
     assert white.tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
 
 
@@ -189,7 +189,7 @@ class Oracle(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.draw = torch.Generator().manual_seed(0)
 
-    def forward(self, img, layer=None):
+    def forward(self, img, layers=()):
         red = F.avg_pool2d((img[:, :1] * 0.229 + 0.485) * 255 / 50, 8).flatten(1)
         one = F.one_hot(red.round().long().clamp(0, 4), 5).float()
         patches = one if self.knows else torch.randn(one.shape, generator=self.draw)
@@ -265,7 +265,7 @@ def test_windows_of_a_constant_field_are_the_constant_and_cover_everything():
 
 def test_windows_are_averaged_where_they_overlap_and_mirrored_ones_turned_back():
     class Columns(Oracle):  # a patch says which column of its window it is in
-        def forward(self, img, layer=None):
+        def forward(self, img, layers=()):
             n = img.shape[3] // 8
             one = F.one_hot(torch.arange(n).repeat(img.shape[2] // 8), 5).float().expand(len(img), -1, -1)
             return {"patches": one, "cls": one.mean(1)}
@@ -285,12 +285,14 @@ def test_layers_and_cls_beside_every_patch():
     model = clsspec.ViT(clsspec.config("nano", image_size=32)).eval()
     img, p = torch.randint(0, 255, (2, 3, 32, 24), dtype=torch.uint8), PROTOCOLS["scenes"]
     x, image = eval_dense.tokens(model, img, p)
-    out = model(eval_dense.normalise(img / 255))
+    out = model(clsspec.normalise(img / 255))
     torch.testing.assert_close(x.flatten(1, 2), out["patches"])
     torch.testing.assert_close(image, torch.cat([out["cls"], out["patches"].mean(1)], 1))
     both, _ = eval_dense.tokens(model, img, replace(p, cat_cls=True))
     assert both.shape == (2, 4, 3, 128) and torch.equal(both[..., :64], x) and torch.equal(both[:, 1, 2, 64:], out["cls"])
-    shallow, _ = eval_dense.tokens(model, img, replace(p, layer=3))
+    shallow, _ = eval_dense.tokens(model, img, replace(p, layers=(3,)))
+    several, image = eval_dense.tokens(model, img, replace(p, layers=(3, 12), cat_cls=True))
+    assert torch.equal(several[..., :128], torch.cat([shallow, x], -1)) and several.shape[-1] == 256 and image.shape[-1] == 256
     model.blocks = model.blocks[:3]
     torch.testing.assert_close(shallow, eval_dense.tokens(model, img, p)[0])
 
@@ -325,9 +327,9 @@ def test_commands_write_what_they_print(runs, capsys):
         with Image.open(Path(name) / f"{key.replace(' ', '-')}.png") as img:
             assert img.width > 3 * 64 and img.height > 5 * 64 and len(img.getcolors(1 << 20)) > 100
     assert f"minus {a}" in out and out.count("[") >= 6
-    eval_dense.main([a, *FEW, "--layer", "3", "--cat-cls", "--tasks", "seg", "--network", "student"])
+    eval_dense.main([a, *FEW, "--layers", "3", "--cat-cls", "--tasks", "seg", "--network", "student"])
     results = json.loads((runs / "a/eval.json").read_text())
-    assert len(results) == 2 and "rmse" not in results["student scenes tasks=seg layer=3 cat_cls=True iterations=10 train=60 test=20"]
+    assert len(results) == 2 and "rmse" not in results["student scenes tasks=seg layers=3 cat_cls=True iterations=10 train=60 test=20"]
 
 
 def test_untrained_is_the_network_at_step_0(runs):
@@ -354,7 +356,7 @@ def test_online_probe_is_in_the_log_and_the_table_in_eval_json(tmp_path, monkeyp
 
 @pytest.mark.parametrize("flags, words", [
     (["nowhere"], "no checkpoint at nowhere"), (["RUN", "--tasks", "seg,box"], "unknown box; choose from seg"),
-    (["RUN", "--layer", "13"], "outside 1 to 12"), (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
+    (["RUN", "--layers", "9,13"], "--layers 9,13 is outside 1 to 12"), (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
     (["RUN", "--train", "1"], "one training picture is too few"), (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
     (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
     (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])

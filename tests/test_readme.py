@@ -31,7 +31,7 @@ def test_it_can_be_read_in_ten_minutes():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_train_commands_have_flags_that_exist(command):
     args = train.parse(shlex.split(command.split("train.py", 1)[1]))
-    clsspec.config(args.size, spec_blocks=args.spec_blocks, spec=args.spec, image_size=args.image_size)
+    clsspec.config(args.size or "small", spec_blocks=args.spec_blocks, spec=args.spec, image_size=args.image_size)
 
 
 @pytest.mark.parametrize("script, command", sorted(set(re.findall(r"python (eval_dense|analyze)\.py ([^`\n#]*)", README))))

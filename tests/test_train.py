@@ -148,7 +148,7 @@ def plain_u(n, **columns):
 
 def still(img, size, **columns):
     out = train.view(img, plain_u(len(img), **{"c1": 0.5} | columns), size, (1.0, 1.0), 0.0, 0.0, 2.0)
-    return out * torch.tensor(train.eval_dense.STD)[:, None, None] + torch.tensor(train.eval_dense.MEAN)[:, None, None]
+    return out * torch.tensor(clsspec.STD)[:, None, None] + torch.tensor(clsspec.MEAN)[:, None, None]
 
 
 def test_whole_picture_is_the_picture_and_flips():
@@ -400,7 +400,9 @@ def test_supervised_loss_and_top1():
 @pytest.mark.parametrize("flags, name", [
     ([], "dinov2-nano-plain-s0"), (["--spec", "norms,qkv", "--seed", "3"], "dinov2-nano-norms-qkv-s3"),
     (["--spec", "qkv", "--spec-blocks", "8", "--data", "at/photos"], "dinov2-nano-photos-qkv-8blocks-s0"),
-    (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-plain-s0")], ids=str)
+    (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-plain-s0"),
+    (["--data", "imagenet/train"], "dinov2-nano-imagenet-train-plain-s0"), (["--init", "runs/mine/last.pt"], "dinov2-nano-mine-plain-s0"),
+    (["--init", "hub/model.safetensors", "--data", "a/list.txt"], "dinov2-nano-hub-list-plain-s0")], ids=str)
 def test_name_of_a_run(flags, name):
     assert train.parse(["--scale", "nano", *flags]).out == Path("runs") / name
 
@@ -796,6 +798,17 @@ def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path):
     assert "is specialised already, in another way" in error(*init, "--spec", "norms,qkv", "--spec-blocks", 8)
     run(tmp_path / "b", *init, "--spec", "norms,qkv", "--spec-blocks", 4)
     assert clsspec.load(tmp_path / "b/last.pt").config.spec_blocks == 4
+
+
+def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
+    torch.save(clsspec.ViT(clsspec.Config(width=192, depth=2, heads=3, patch=16, image_size=64)).state_dict(), tmp_path / "w.pth")
+    flags = "--init", tmp_path / "w.pth", "--steps"
+    run(tmp_path / "a", *flags, 1)
+    text = capsys.readouterr().out
+    assert "w.pth: ViT-Ti/16, 2 blocks, 3 heads" in text and "all 35 tensors of the backbone used" in text and "nano" not in text.replace(str(tmp_path), ""), text
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"], config["model"]["patch"]) == (None, None, 192, 16)
+    run(tmp_path / "a", *flags, 2, "--resume")
 
 
 # No folder, no run: a flag out of range is refused by the parser. With each of the table's rows.

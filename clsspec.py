@@ -122,10 +122,12 @@ class Config:
     spec_blocks: int | None = None  # qkv, proj, mlp: in how many blocks; None: a third, the paper's
     spec_where: str = "first"  # ... counted from the "first" or the "last" block
     spec_rank: int = 0  # 0: qkv gets a full [CLS] copy; r > 0: a rank-r update of the patches' copy
+    spec_init: str = "equal"  # [CLS]'s copies start as the patches' do; "fresh": drawn anew
 
 
 # Changes that take specialisation out of a Config; and all of the papers' variants.
-NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch")
+NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch",
+               spec_init="equal")
 PLAIN = NO_SPEC | dict(registers=0, attn="softmax", attn_bias=False, class_attn=0)
 
 
@@ -168,6 +170,9 @@ def checked(c: Config) -> Config:
          f"registers path {c.registers_path!r} is not 'cls' or 'patch'")
     need(c.registers_path == "patch" or (c.registers and c.spec),
          "registers path 'cls' needs registers, and a spec")
+    need(c.spec_init in ("equal", "fresh"), f"spec init {c.spec_init!r} is not 'equal' or 'fresh'")
+    need(c.spec_init == "equal" or not c.spec_rank, "spec init 'fresh' has no use for a spec rank: "
+         "[CLS]'s update of a low rank starts at 0")
     by_block = {"qkv", "proj", "mlp"} & set(c.spec)
     return replace(c, spec_blocks=blocks if by_block else 0)
 
@@ -379,10 +384,10 @@ class ViT(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
         self.initialise()
         if cfg.spec:
-            # A rank draws random numbers; the heads that are built later should not notice.
+            # Some copies draw random numbers; the heads that are built later should not notice.
             with torch.random.fork_rng(devices=[]):
                 specialize(self, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
-                           cfg.registers_path)
+                           cfg.registers_path, cfg.spec_init)
 
     def initialise(self) -> None:
         """Draw the weights (the patch projection's are torch's own). Those of variants come last,
@@ -471,24 +476,29 @@ class ViT(nn.Module):
 
 
 def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first", rank: int = 0,
-               registers_path: str = "patch") -> ViT:
+               registers_path: str = "patch", init: str = "equal") -> ViT:
     """Give a plain model, new or trained, separate [CLS] and patch weights, in place; returns it.
 
     spec: names from COMPONENTS; blocks: how many blocks get qkv, proj and mlp (None: a third of the
     depth), from the `first` or the `last` one; registers_path: whose weights registers pass. The
-    copies start equal, so outputs do not change. An optimiser made before does not know them.
+    copies start equal, so outputs do not change; with init "fresh" the linear layers among them are
+    drawn anew, as widely spread. An optimiser made before does not know them.
     """
     need(not model.config.spec,
          f"this model has {', '.join(model.config.spec)} already; give a plain one")
     model.config = c = checked(replace(
         model.config, spec=tuple(spec), spec_blocks=blocks, spec_where=where, spec_rank=rank,
-        registers_path=registers_path))
+        registers_path=registers_path, spec_init=init))
     first = 0 if c.spec_where == "first" else c.depth - c.spec_blocks
     chosen = range(first, first + c.spec_blocks)  # blocks that get qkv, proj and mlp
     rows = 1 + (c.registers if c.registers_path == "cls" else 0)
 
     def fork(parent: nn.Module, name: str, rank: int = 0) -> None:
-        setattr(parent, name, Specialised(getattr(parent, name), rows, rank))
+        both = Specialised(getattr(parent, name), rows, rank)
+        setattr(parent, name, both)
+        linear = [m for m in both.cls.modules() if isinstance(m, nn.Linear)]
+        for m in linear if c.spec_init == "fresh" else []:
+            nn.init.normal_(m.weight, std=m.weight.std().item())
 
     for i, block in enumerate(model.blocks):
         if "norms" in c.spec:  # in every block
@@ -700,10 +710,10 @@ def start(cfg: Config, init: str | None = None) -> ViT:
     if has == wanted:
         return model
     need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
-         f"where, rank and registers' path are {has}, not {wanted}; ask for the same, or give a "
-         "plain one")
+         f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or give "
+         "a plain one")
     return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
-                      cfg.registers_path)
+                      cfg.registers_path, cfg.spec_init)
 
 
 # In public files, but no part of a backbone.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 

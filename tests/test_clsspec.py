@@ -494,6 +494,21 @@ def test_specialising_a_variant_changes_no_output(variant, path, spec, rank):
     torch.testing.assert_close(tokens(model, img), before, atol=1e-12, rtol=0)
 
 
+def test_fresh_copies_are_drawn_anew_as_widely_and_nothing_else():
+    def made(**changes):
+        torch.manual_seed(0)
+        return ViT(config("nano", **TINY | changes))
+
+    plain, equal, fresh = made(), made(spec=("norms", "qkv")), made(spec=("norms", "qkv"), spec_init="fresh")
+    a, b = equal.state_dict(), fresh.state_dict()
+    assert {k for k in a if not torch.equal(a[k], b[k])} == {"blocks.0.attn.qkv.cls.weight"}
+    ours, theirs = b["blocks.0.attn.qkv.cls.weight"], b["blocks.0.attn.qkv.patch.weight"]
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1) and (ours * theirs).mean().abs() < 0.05 * theirs.var()
+    assert torch.equal(plain.blocks[0].attn.qkv.weight, theirs)
+    with pytest.raises(ValueError, match="no use for a spec rank"):
+        specialize(plain, ("qkv",), rank=2, init="fresh")
+
+
 @pytest.mark.parametrize("path, rows", [("patch", 1), ("cls", 4)])
 def test_registers_pass_the_weights_of_their_path(path, rows):
     model = specialize(vit(registers=3), ("norms", "qkv"), registers_path=path)

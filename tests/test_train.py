@@ -326,6 +326,18 @@ def test_no_weight_decay_on_biases_norms_and_layerscale():
     assert {n for n, group in found.items() if group["kind"] == "last"} == {"cls_head.last", "patch_head.last"}
 
 
+def test_cls_lr_is_of_the_copies_alone():
+    args = train.parse([*QUICK, "--spec", "norms,qkv", "--cls-lr", "3", "--patch-embed-lr", "0.5"])
+    student = train.Network(args)
+    names, optimizer = {id(p): n for n, p in student.named_parameters()}, train.make_optimizer(args, student)
+    train.set_rates(args, optimizer, {"lr": 0.1, "wd": 0.2}, 3)
+    rate = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate.keys() == set(names.values())
+    for name, lr in rate.items():
+        assert lr == pytest.approx(0.3 if ".cls." in name else 0.05 if "patch_embed" in name else 0.1), name
+    assert "backbone.cls_token" in rate and "cls_head.last" in rate  # which are no copies
+
+
 def test_positions_and_cls_are_free_of_decay_with_labels_as_in_deit():
     args = train.parse([*QUICK, "--recipe", "deit3"])
     args.classes = 3

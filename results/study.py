@@ -14,6 +14,7 @@ numbers. A command that fails is written down there too, and tried again only wi
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -39,59 +41,69 @@ from eval_dense import Parser, names, one_line, read_json, within, write  # noqa
 
 
 class Arm(NamedTuple):
-    flags: str  # of train.py; what stands in braces is in SCALES
-    controls: tuple[str, ...]  # the arms that it is compared with, seed by seed
+    flags: str  # of train.py
     label: str  # what it is, in words
+    control: str = "plain"  # the arm that it is compared with, seed by seed; "": with none
 
 
-SCALES = {  # wide: as many parameters as qkv4; half: of the default rate
-    "nano": {"wide": 4.535, "half": 2e-3},
-    "small": {"wide": 4.508, "half": 5e-4},
-}
-QKV4 = "--spec norms,qkv --spec-blocks 4"  # a third of 12 blocks, the paper's choice
-LONG = "--recipe dino --steps 6000"  # four times the default
+QKV4, QKV8 = (f"--spec norms,qkv --spec-blocks {blocks}" for blocks in (4, 8))
+BEST = f"{QKV8} --cls-lr 3"  # the pilot's; what seeds 40 to 45 choose takes its place
+X4, X16 = "--steps 5000 --probe-every 1250", "--steps 20000 --probe-every 2500"
+LARGE = "--batch-size 128 --steps 312 --probe-every 0"  # as many looks at pictures in a quarter
 ARMS = {
-    "untrained": Arm("", (), "untrained"),  # no runs of its own: what plain ones are at step 0
-    # Questions 1 to 3: what specialising does; `wide` tells it from having more parameters.
-    "plain": Arm("", (), "plain"),
-    "norms": Arm("--spec norms", ("plain",), "norms"),
-    "qkv4": Arm(QKV4, ("plain", "wide"), "norms, qkv in 4 blocks"),
-    "wide": Arm("--mlp-ratio {wide}", ("plain",), "plain, as many parameters"),
-    # Question 4: in how many blocks?
-    "qkv2": Arm("--spec norms,qkv --spec-blocks 2", ("plain",), "norms, qkv in 2 blocks"),
-    "qkv8": Arm("--spec norms,qkv --spec-blocks 8", ("plain",), "norms, qkv in 8 blocks"),
-    "qkv12": Arm("--spec norms,qkv --spec-blocks 12", ("plain",), "norms, qkv in 12 blocks"),
-    # Question 6: what does it add to registers, to attention bias? So these are the controls.
-    "registers": Arm("--registers 4", ("plain",), "registers"),
-    "registers-qkv4": Arm(f"--registers 4 {QKV4}", ("registers",), "registers, norms, qkv in 4"),
-    "bias": Arm("--attn-bias", ("plain",), "attention bias"),
-    "bias-qkv4": Arm(f"--attn-bias {QKV4}", ("bias",), "attention bias, norms, qkv in 4"),
-    # One seed each, to see that they work.
-    "rank8": Arm(f"{QKV4} --spec-rank 8", ("plain",), "norms, qkv in 4 blocks, rank 8"),
-    "entmax": Arm("--attn entmax15", ("plain",), "entmax-1.5"),
-    "classattn": Arm("--class-attn 2", ("plain",), "class attention"),
-    "deit3": Arm("--recipe deit3", (), "recipe deit3"),  # learns from labels: no control is fair
-    "dino-short": Arm("--recipe dino", (), "dino, 1500 steps"),
-    # Question 5: do dense features of a long run degrade?
-    "dino": Arm(LONG, (), "dino, 6000 steps"),
-    "dino-entmax": Arm(f"{LONG} --attn entmax15", ("dino",), "dino, 6000 steps, entmax-1.5"),
-    "dino-ema": Arm(f"{LONG} --centring ema", (), "dino, 6000 steps, moving centre"),
-    # Does specialising only want another learning rate?
-    "plain-half": Arm("--lr {half}", (), "plain, half the rate"),
-    "qkv4-half": Arm(f"--lr {{half}} {QKV4}", ("plain-half",), "norms, qkv in 4, half the rate"),
+    "untrained": Arm("", "untrained", ""),  # no runs of its own: what plain ones are at step 0
+    # Question 1: is there a difference of a point?
+    "plain": Arm("", "plain", ""),
+    "norms": Arm("--spec norms", "norms"),
+    "qkv4": Arm(QKV4, "norms, qkv in 4 blocks"),
+    "qkv8": Arm(QKV8, "norms, qkv in 8 blocks"),
+    # Question 2: where does it come from? The learning rate of [CLS]'s copies, and all of it; how
+    # they start; how many pictures a step shows them.
+    **{f"qkv{n}-k{k}": Arm(f"{spec} --cls-lr {k}", f"norms, qkv in {n} blocks, copies {k} x")
+       for n, spec in ((8, QKV8), (4, QKV4)) for k in (2, 3, 5, 10)},
+    "norms-k3": Arm("--spec norms --cls-lr 3", "norms, copies 3 x"),
+    "qkv8-fresh": Arm(f"{QKV8} --spec-init fresh", "norms, qkv in 8 blocks, drawn anew"),
+    "qkv4-fresh": Arm(f"{QKV4} --spec-init fresh", "norms, qkv in 4 blocks, drawn anew"),
+    "plain-half": Arm("--lr 2e-3", "plain, half the rate"),
+    "plain-double": Arm("--lr 8e-3", "plain, twice the rate"),
+    "plain-large": Arm(LARGE, "plain, batch 128", ""),
+    "qkv8-large": Arm(f"{LARGE} {QKV8}", "norms, qkv in 8 blocks, batch 128", "plain-large"),
+    "best": Arm(BEST, "best"),
+    # Question 3: from how many steps on does it pay? Does anything degrade?
+    "plain-x4": Arm(X4, "plain, 5,000 steps", ""),
+    "best-x4": Arm(f"{X4} {BEST}", "best, 5,000 steps", "plain-x4"),
+    "plain-x16": Arm(X16, "plain, 20,000 steps", ""),
+    "best-x16": Arm(f"{X16} {BEST}", "best, 20,000 steps", "plain-x16"),
+    "dino-x4": Arm(f"--recipe dino {X4}", "dino, 5,000 steps", ""),
+    "dino-best-x4": Arm(f"--recipe dino {X4} {BEST}", "dino, best, 5,000 steps", "dino-x4"),
+    "dino-entmax-x4": Arm(f"--recipe dino {X4} --attn entmax15", "dino, entmax-1.5, 5,000 steps",
+                          "dino-x4"),
+    # Question 6: entmax with `dinov2`.
+    "entmax": Arm("--attn entmax15", "entmax-1.5"),
+    "entmax-half": Arm("--attn entmax15 --lr 2e-3", "entmax-1.5, half the rate"),
+    "entmax-double": Arm("--attn entmax15 --lr 8e-3", "entmax-1.5, twice the rate"),
+    # Question 5: a wider network.
+    "tiny-width": Arm("--size tiny --patch 8", "width 192, plain", ""),
+    "tiny-width-best": Arm(f"--size tiny --patch 8 {BEST}", "width 192, best", "tiny-width"),
 }
-MAIN = "plain", "norms", "qkv4", "wide"
-PLAN = [  # (data, arms, seeds), in the order of the questions; the last two were added later
-    ("scenes", MAIN, (0, 1, 2)),
-    ("scenes", ("rank8", "registers", "bias", "entmax", "classattn", "deit3"), (0,)),
-    ("tiny", MAIN, (0, 1, 2)),
-    ("scenes", MAIN, (3, 4)),
-    ("scenes", ("qkv2", "qkv8", "qkv12"), (0, 1, 2)),
-    ("scenes", ("registers", "registers-qkv4", "bias", "bias-qkv4"), (0, 1, 2)),
-    ("scenes", ("dino", "dino-entmax"), (0, 1, 2)),
-    ("scenes", ("dino-ema", "dino-short"), (0,)),
-    ("scenes", ("plain-half", "qkv4-half"), (5, 6, 7)),
+CHOOSE, CLAIM = tuple(range(40, 46)), tuple(range(100, 112))  # seeds: none serves for both
+PLAN = [  # (data, arms, seeds), in the order of the questions
+    ("scenes", ("plain", "norms", "qkv4", "qkv8"), CLAIM),
+    ("scenes", tuple(["plain", "qkv8", *(f"qkv8-k{k}" for k in (2, 3, 5, 10)), "qkv8-fresh",
+                      "plain-half", "plain-double", "norms-k3", "plain-large", "qkv8-large"]),
+     CHOOSE),
+    ("scenes", tuple(["qkv4", *(f"qkv4-k{k}" for k in (2, 3, 5, 10)), "qkv4-fresh"]), CHOOSE),
+    ("scenes", ("best",), CLAIM),
+    ("scenes", ("plain-x4", "best-x4"), CLAIM[:6]),
+    ("scenes", ("dino-x4", "dino-best-x4", "dino-entmax-x4"), CLAIM[:6]),
+    ("scenes", ("plain-x16", "best-x16"), CLAIM[:3]),
+    ("scenes", ("entmax", "entmax-half", "entmax-double"), CLAIM[:6]),
+    ("tiny", ("plain", "qkv8", "best"), CLAIM[:6]),
+    ("scenes", ("tiny-width", "tiny-width-best"), CLAIM[:3]),
 ]
+# What the plan claims something of: differences of these to their controls, in these outcomes.
+CLAIMS = ("norms", "qkv4", "qkv8", "best", "best-x4", "best-x16"), ("mIoU", "RMSE", "linear", "k-NN")
+SCALES = "nano", "small"
 DATA = {"scenes": "Scenes", "tiny": "Tiny ImageNet"}
 
 
@@ -110,16 +122,15 @@ def name_of(scale: str, data: str, arm: str, seed: int) -> str:
 def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[str]]:
     """{stage: command} of a run. Each can be done again at no harm."""
     resume = "--resume" if (run / "last.pt").exists() else "--overwrite"
-    flags = ARMS[arm].flags.format(**SCALES[args.scale]).split()
     pictures = ["--data", str(args.tiny)] if data == "tiny" else []
     judge = ["eval_dense.py", str(run)]
     measure = ["analyze.py", str(run), "--pictures", "256", "--what"]
     nyu = judge + ["--data", "pairs", "--root", str(args.nyu)]
-    train = ["train.py", "--scale", args.scale, *flags, "--seed", str(seed), *pictures,
+    train = ["train.py", "--scale", args.scale, *ARMS[arm].flags.split(), "--seed", str(seed), *pictures,
              "--no-probe",  # the next stage judges
              "--save-every", "50",  # so that little is lost at the time limit
              "--out", str(run), resume]
-    out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions,norms"]}
+    out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions"]}
     if data == "tiny":  # `inside` is of Scenes; this is of pictures like those it has learnt from
         out["inside tiny"] = measure + ["cosines", "--data", str(args.tiny)]
     if args.nyu:
@@ -143,10 +154,10 @@ def state_of(run: Path) -> dict:
     return {"minutes": {}, "before": {}, "failed": {}} | read_json(run / "study.json")
 
 
-def call(command: list[str], log: Path, end: float) -> int:
+def call(house: Path, command: list[str], log: Path, end: float) -> int:
     """Run one command until it ends, the time is up or STOP is set. Returns its exit code."""
     with open(log, "a") as out:
-        child = subprocess.Popen([sys.executable, *command], cwd=HOUSE, stdout=out, stderr=out)
+        child = subprocess.Popen([sys.executable, *command], cwd=house, stdout=out, stderr=out)
     while child.poll() is None and time.time() < end and not STOP.wait(0.1):
         pass
     child.terminate()  # train.py saves a checkpoint first; one that has ended feels nothing
@@ -166,7 +177,7 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         if state["failed"] or STOP.is_set() or time.time() > end:
             return
         start = time.time()
-        code = call(command, log, end)
+        code = call(args.house, command, log, end)
         minutes = (time.time() - start) / 60 + state["before"].pop(stage, 0)
         if code == 0:
             state["minutes"][stage] = minutes
@@ -188,7 +199,7 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
     state, config = state_of(run), read_json(run / "config.json")
     log = run / "log.jsonl"
     steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    keep = "step", "loss", "kl", "entropy", "bce", "top1", "miou", "rmse", "knn"
+    keep = "step", "loss", "kl", "entropy", "miou", "rmse", "knn"
     # No path of this machine goes into a line: it may be published.
     command = config.get("command", "").replace(str(root), "runs/study")
     pictures = config.get("args", {}).get("data", "")
@@ -216,47 +227,34 @@ def collect(root: Path, file: Path) -> None:
     """Write every run that is judged, or failed, to `file`."""
     # Lines that are there stay, so that folders may be moved away, or be on other machines.
     lines = {line["run"]: line for line in read(file)} if file.exists() else {}
-    for scale in SCALES:
-        for one in runs():
-            run = root / name_of(scale, *one)
-            state = state_of(run)
-            if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
-                lines[run.name] = line_of(run, root, scale, *one)
+    for scale, one in product(SCALES, runs()):
+        run = root / name_of(scale, *one)
+        state = state_of(run)
+        if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
+            lines[run.name] = line_of(run, root, scale, *one)
     write(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 # --------------------------------------------------------------------------------------------------
-# Comparing runs. A `group` is {arm: {seed: line}} of one scale and one data set. An outcome is
-# {in words, with unit and an arrow in the better direction: (name in a line's "results", metric)}.
+# Comparing runs. A `group` is {arm: {seed: line}} of one scale, one data set and one use of seeds.
+# An outcome is {its name in a table, arrow in the better direction: (name in a line's "results",
+# metric, digits)}.
 
 COSINES = "cosines, mean over blocks"
-OUTCOMES = {  # the plan's
-    "mIoU on Scenes, % ↑": ("teacher scenes", "miou"),
-    "depth RMSE on Scenes, m ↓": ("teacher scenes", "rmse"),
-    "linear accuracy on Scenes, % ↑": ("teacher scenes", "linear"),
-    "k-NN accuracy on Scenes, % ↑": ("teacher scenes", "knn"),
-    "mIoU on NYU, % ↑": ("teacher pairs", "miou"),
-    "depth RMSE on NYU, m ↓": ("teacher pairs", "rmse"),
-    "cosine of [CLS] and patches, after norm1": (COSINES, "after norm cls_patch"),
-}
-INSIDE = {
-    "cosine, on Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch"),
-    "overlap of large dimensions": ("dimensions, mean over blocks", "after norm overlap"),
-}
-for point in ("before norm", "after norm", "attention", "after attention"):
-    INSIDE[f"cosine of [CLS] and patches, {point}"] = COSINES, f"{point} cls_patch"
-    INSIDE[f"cosine among patches, {point}"] = COSINES, f"{point} patch_patch"
-# Question 5: is the online probe worse late in a long run (steps) than half way? Late minus middle.
-LATE, MIDDLE = (5000, 5500, 6000), (2500, 3000, 3500)
-DRIFT = {
-    "online mIoU, % ↑": ("drift", "miou"),
-    "online depth RMSE, m ↓": ("drift", "rmse"),
-    "online k-NN accuracy, % ↑": ("drift", "knn"),
-}
-TABLES = {
-    "judged after the last step": OUTCOMES,
-    "what is inside, means over blocks": INSIDE,
-    "the online probe at steps 5000 to 6000 minus that at 2500 to 3500": DRIFT,
+OUTCOMES = {
+    "mIoU % ↑": ("teacher scenes", "miou", 2),
+    "RMSE m ↓": ("teacher scenes", "rmse", 3),
+    "linear % ↑": ("teacher scenes", "linear", 2),
+    "k-NN % ↑": ("teacher scenes", "knn", 2),
+    "NYU mIoU % ↑": ("teacher pairs", "miou", 2),
+    "NYU RMSE m ↓": ("teacher pairs", "rmse", 3),
+    "Tiny ImageNet k-NN % ↑": ("teacher imagefolder", "knn", 2),
+    "Tiny ImageNet linear % ↑": ("teacher imagefolder", "linear", 2),
+    "cosine before norm1": (COSINES, "before norm cls_patch", 3),
+    "cosine after norm1": (COSINES, "after norm cls_patch", 3),
+    "online mIoU, late - middle": ("drift", "miou", 2),
+    "online RMSE, late - middle": ("drift", "rmse", 3),
+    "online k-NN, late - middle": ("drift", "knn", 2),
 }
 
 
@@ -268,21 +266,25 @@ def read(file: Path) -> list[dict]:
 
 
 def drift(probes: list[dict]) -> dict[str, float]:
-    """{metric: late minus middle} of a run's online probes; empty if it was not a long one."""
-    at = {probe["step"]: probe for probe in probes}
-    if not at.keys() >= {*LATE, *MIDDLE}:
+    """{metric: mean of the last sixth of the steps minus that of the sixth in the middle}, of a
+    run's online probes; empty where there are none."""
+    last = max((probe["step"] for probe in probes), default=0)
+    late = [probe for probe in probes if probe["step"] >= last * 5 / 6]
+    middle = [probe for probe in probes if last * 5 / 12 <= probe["step"] <= last * 7 / 12]
+    if not middle or len(probes) < 4:
         return {}
-    return {metric: mean(at[s][metric] for s in LATE) - mean(at[s][metric] for s in MIDDLE)
-            for _, metric in DRIFT.values()}
+    return {metric: mean(probe[metric] for probe in late) - mean(probe[metric] for probe in middle)
+            for metric in ("miou", "rmse", "knn")}
 
 
-def groups(lines: list[dict]) -> dict[tuple[str, str], dict]:
-    """{(scale, data): group} of the runs that are judged and measured."""
+def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
+    """{(scale, data, use of its seeds): group} of the runs that are judged and measured."""
     out = {}
     for line in lines:
         if "inside" not in line["minutes"]:
             continue
-        group = out.setdefault((line["scale"], line["data"]), {arm: {} for arm in ARMS})
+        use = "claims" if line["seed"] >= CLAIM[0] else "choosing"
+        group = out.setdefault((line["scale"], line["data"], use), {arm: {} for arm in ARMS})
         line["results"]["drift"] = drift(line["probes"])
         group.setdefault(line["arm"], {})[line["seed"]] = line
         # The network at step 0 was judged beside the trained one; here it is an arm of its own.
@@ -291,6 +293,11 @@ def groups(lines: list[dict]) -> dict[tuple[str, str], dict]:
         if untrained:
             group["untrained"][line["seed"]] = line | {"results": untrained}
     return out
+
+
+def arm_of(name: str) -> Arm:
+    """An arm's row; that of an earlier study's, whose name says enough."""
+    return ARMS.get(name) or Arm("", name)
 
 
 def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float]:
@@ -305,9 +312,10 @@ def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float
     return out
 
 
-def difference(group: dict, arm: str, control: str, result: str, metric: str) -> dict | None:
-    """Arm minus control over the seeds of both: analyze.interval, and "each" difference. None where
-    there are not two pairs."""
+def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
+    """Arm minus control over the seeds of both: analyze.interval, "each" difference, and its "p".
+    None where there are not two pairs."""
+    control = arm_of(arm).control
     mine = numbers(group[arm], result, metric)
     theirs = numbers(group.get(control, {}), result, metric)
     pairs = []
@@ -316,88 +324,136 @@ def difference(group: dict, arm: str, control: str, result: str, metric: str) ->
         # Another version, device or number of threads rounds otherwise: that is no pair.
         if all(one[key] == other[key] for key in analyze.SETTING):
             pairs.append((theirs[seed], mine[seed]))
-    if result == "drift" and not control:
-        pairs = [(0, number) for number in mine.values()]  # it is a difference already
     if len(pairs) < 2:
         return None
     a, b = torch.tensor(pairs).double().T
-    return analyze.interval(a, b) | {"each": (b - a).tolist()}
+    found, each = analyze.interval(a, b), b - a
+    t = each.mean() / (each.std() / len(each) ** 0.5).clamp(min=1e-12)
+    return found | {"each": each.tolist(), "p": p_value(t.item(), len(each) - 1)}
+
+
+def p_value(t: float, freedom: int) -> float:
+    """Of Student's t, two-sided. With t = sqrt(freedom) tan(angle) its density becomes
+    cos(angle)^(freedom - 1), which is flat enough to add up."""
+    whole = torch.linspace(0, math.pi / 2, 100_001).double()
+    tail = torch.linspace(math.atan(abs(t) / freedom**0.5), math.pi / 2, 100_001).double()
+    area = [torch.trapezoid(x.cos() ** (freedom - 1), x).item() for x in (tail, whole)]
+    return area[0] / area[1]
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm's method): the k-th smallest of n times n - k + 1,
+    and never less than the one before."""
+    out, most = [0.0] * len(p), 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        most = max(most, min(p[i] * (len(p) - k), 1.0))
+        out[i] = most
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures.
 
-
 EXPLAINED = """\
-A row: an arm, its seeds, mean ± standard deviation over them; then its mean difference to another
-arm [95 % interval, Student's t] over n pairs of equal seeds, * if that leaves out zero.
-↑ more is better, ↓ less is better."""
+In a cell: mean ± standard deviation over seeds; below it the mean difference to the control of the
+same seed [95 % interval, Student's t]. ↑ more is better, ↓ less is better."""
 
 
-def row(group: dict, arm: str, what: tuple[str, str], digits: int) -> str:
-    """An arm in the table of one outcome."""
-    values = numbers(group[arm], *what)
-    own = f"{mean(values.values()):.{digits}f}"
-    if len(values) > 1:
-        own += f" ± {stdev(values.values()):.{digits}f}"
-    against = []
-    for control in ARMS[arm].controls or [""]:
-        d = difference(group, arm, control, *what)
+def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
+    values = numbers(group[arm], result, metric).values()
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    out = f"{mean(values):.{digits}f}{spread}"
+    d = difference(group, arm, result, metric)
+    if d:
+        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+        out += f"<br>{middle} [{low}, {high}]"
+    return out
+
+
+def table(group: dict) -> str:
+    """A table in Markdown: a row an arm, a column an outcome that is there."""
+    arms = [arm for arm in group if group[arm]]
+    heads = [head for head, (result, metric, _) in OUTCOMES.items()
+             if any(numbers(group[arm], result, metric) for arm in arms)]
+    rows = [["arm, control", "seeds", *heads], ["---"] * (2 + len(heads))]
+    for arm in arms:
+        control = arm_of(arm).control
+        against = f"<br>minus {arm_of(control).label}" if control else ""
+        seeds = sorted(group[arm])
+        span = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+        rows.append([arm_of(arm).label + against, f"{span} ({len(seeds)})",
+                     *(cell(group, arm, *OUTCOMES[head]) for head in heads)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def claims(group: dict) -> str:
+    """A line for each claim of the plan that has its runs: difference, interval, p, and p corrected
+    for the number of claims."""
+    arms, outcomes = CLAIMS
+    found = []
+    for arm, (head, what) in product(arms, OUTCOMES.items()):
+        d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:
-            middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-            star = " *" if d["low"] > 0 or d["high"] < 0 else ""
-            label = ARMS[control].label if control else "no change"
-            against.append(f"{middle} [{low}, {high}]{star} against {label} (n = {d['n']})")
-    left = f"{ARMS[arm].label:33}{', '.join(map(str, values)):15}{own:16}"
-    return (left + f"\n{' ' * len(left)}".join(against)).rstrip()
+            found.append((arm, head, what[2], d))
+    corrected = holm([d["p"] for *_, d in found])
+    out = []
+    for (arm, head, digits, d), p in zip(found, corrected):
+        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+        out.append(f"| {arm_of(arm).label} | {head} | {d['n']} | {middle} [{low}, {high}] "
+                   f"| {d['p']:.3f} | {p:.3f} |")
+    title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
+    return "\n".join([title + "|", *out]) if out else ""
 
 
 def tables(lines: list[dict]) -> str:
-    """Every outcome that is there, of every scale and data set."""
+    """Every outcome that is there, of every scale, data set and use of seeds."""
     out = [EXPLAINED]
-    for (scale, data), group in groups(lines).items():
-        for title, outcomes in TABLES.items():
-            table = ""
-            for head, what in outcomes.items():
-                rows = [row(group, arm, what, digits=2 if "%" in head else 3)
-                        for arm in ARMS if numbers(group[arm], *what)]
-                table += "\n".join([f"\n{head}", *rows, ""]) if rows else ""
-            if table:
-                n, effects = table.count("(n = "), table.count(" * ")
-                out.append(f"{scale}, trained on {DATA[data]}: {title}\n{table}\n{effects} of {n} "
-                           f"intervals leave out zero; by chance alone about {n / 20:.1f} would.")
+    for (scale, data, use), group in groups(lines).items():
+        out.append(f"{scale}, trained on {DATA[data]}, seeds for {use}")
+        out.append(table(group))
+        if use == "claims" and data == "scenes":
+            out += ["Claims of the plan:", claims(group)]
     failed = [f"{line['run']} ({stage})" for line in lines for stage in line["failed"]]
-    return "\n\n".join([*out, "Failed runs: " + (", ".join(failed) or "none")])
+    hours = sum(sum(line["minutes"].values()) for line in lines) / 60
+    out.append(f"{len(lines)} runs, {hours:.1f} hours of a core. Failed runs: "
+               + (", ".join(failed) or "none"))
+    return "\n\n".join(out)
 
 
-def draw_differences(path: Path, title: str, group: dict) -> None:
-    """A panel an outcome, a row a comparison of three pairs or more."""
-    every = [(arm, control) for arm, row in ARMS.items() for control in row.controls]
-    found = {(head, pair): difference(group, *pair, *what)
-             for head, what in OUTCOMES.items() for pair in every}
-    found = {key: d for key, d in found.items() if d and d["n"] > 2}
-    heads = [head for head in OUTCOMES if any((head, pair) in found for pair in every)]
-    pairs = [pair for pair in every if any((head, pair) in found for head in heads)]
-    if not found:
-        return
-    # With the labels once, at the left, 13 rows in 7 panels fit a page.
-    fig, axes = analyze.canvas(len(heads), 4, sharey=True)
-    fig.set_size_inches(11, 2 * (1 + 0.3 * len(pairs)))
-    for (head, pair), d in found.items():
-        ax, y = axes[heads.index(head)], pairs.index(pair)
-        ax.plot([d["low"], d["high"]], [y, y], "k|-")
-        ax.plot(d["difference"], y, "ko", markersize=5)
-        ax.plot(d["each"], [y] * d["n"], "o", color="#D55E00", markersize=3)
-    labels = [ARMS[arm].label + (f"\nminus {ARMS[control].label}" if control != "plain" else "")
-              for arm, control in pairs]
-    for ax, head in zip(axes, heads):
-        ax.axvline(0, color="#0072B2", linestyle="--")
-        ax.set(yticks=range(len(pairs)), yticklabels=labels, ylim=(len(pairs) - 0.5, -0.5))
-        ax.set_title(head.replace("%", "points").replace(", ", "\n"), fontsize=9)
+SHOWN = "mIoU % ↑", "RMSE m ↓", "linear % ↑", "k-NN % ↑"
+HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
+
+
+def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:
+    """A panel an outcome; in it each arm's difference to its control, of each seed and their mean
+    with its interval: a row an arm, or over the number of steps. arms: {arm: label}."""
+    fig, axes = analyze.canvas(len(SHOWN), len(SHOWN), sharey=not steps)
+    fig.set_size_inches(11, 3.2 if steps else 1.2 + 0.3 * len(arms))
+    for ax, head in zip(axes, SHOWN):
+        for i, arm in enumerate(arms):
+            d = difference(group, arm, *OUTCOMES[head][:2])
+            if not d:
+                continue
+            ends, at = [d["low"], d["high"]], [i, i]
+            points = [(ends, at, "k_-" if steps else "k|-"), ([d["difference"]], [i], "ko"),
+                      (d["each"], [i] * d["n"], "C1.")]
+            for x, y, how in points:
+                ax.plot(*((y, x) if steps else (x, y)), how)
+        ticks = dict(ticks=range(len(arms)), labels=arms.values())
+        if steps:
+            ax.set_xticks(**ticks)
+            ax.set_xlabel("training steps")
+            ax.axhline(0, color="#0072B2", linestyle="--")
+        else:
+            ax.set_yticks(**ticks)
+            ax.set_ylim(len(arms) - 0.5, -0.5)
+            ax.axvline(0, color="#0072B2", linestyle="--")
+        ax.set_title(head.replace("%", "points"), fontsize=9)
         ax.tick_params(labelsize=8)
-        ax.locator_params(axis="x", nbins=4)
-    fig.suptitle(f"{title}: difference to plain with the same seed, or to what follows 'minus'.\n"
-                 "Orange: one seed. Black: their mean and its 95 % interval. Blue: no difference.")
+    fig.suptitle("Specialised minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
+                 "interval. Blue: no difference.", fontsize=9)
     fig.savefig(path, dpi=90)
 
 
@@ -409,33 +465,39 @@ def curves(ax, group: dict, arms, points) -> None:
             ax.plot(*zip(*run), **analyze.style(i), linewidth=0.8, alpha=0.4)
         # zip(*found): the same place of every run; zip(*place): its xs, its ys
         middle = [[mean(values) for values in zip(*place)] for place in zip(*found)]
-        ax.plot(*zip(*middle), **analyze.style(i), linewidth=2, label=ARMS[arm].label)
+        ax.plot(*zip(*middle), **analyze.style(i), linewidth=2, label=arm_of(arm).label)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 
 
-def draw(file: Path, every: dict[tuple[str, str], dict]) -> None:
-    """study-SCALE-DATA.png: differences; study-cosines.png: [CLS] and patches, block by block;
-    study-SCALE-DATA-long.png: online probes of long runs."""
-    fig, axes = analyze.canvas(len(every), min(len(every), 2), sharey=True)
-    for ax, ((scale, data), group) in zip(axes, every.items()):
-        there = [arm for arm in MAIN if group[arm]]
-        curves(ax, group, there, lambda line: [*enumerate(line["cosine by block"], 1)])
-        ax.set(title=f"{scale}, trained on {DATA[data]}", ylabel="cosine of [CLS] and patches",
-               xlabel="block, after norm1; the last is the final norm")
+def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
+    """Of the claims on Scenes: study-effects.png; study-steps.png, effects over training steps;
+    study-cosines.png, block by block; study-online.png, probes of long runs."""
+    group = every.get(("nano", "scenes", "claims"))
+    if not group:
+        raise ValueError("no run of nano on Scenes with a seed of the claims is there yet")
+    there = {arm: ARMS[arm].label for arm in ("norms", "qkv4", "qkv8", "best") if group[arm]}
+    draw_effects(file.with_name("study-effects.png"), group, there)
+    long = {arm: f"{steps:,}" for steps, arm in HORIZON.items() if group[arm]}
+    if long:
+        draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
+
+    fig, (ax,) = analyze.canvas(1, 1)
+    shown = [arm for arm in ("plain", *there) if group[arm]]
+    curves(ax, group, shown, lambda line: [*enumerate(line["cosine by block"], 1)])
+    ax.set(ylabel="cosine of [CLS] and patches", xlabel="block, after norm1; 13: the final norm")
     fig.savefig(file.with_name("study-cosines.png"), dpi=90)
-    for (scale, data), group in every.items():
-        path = file.with_name(f"study-{scale}-{data}.png")
-        draw_differences(path, f"{scale}, trained on {DATA[data]}", group)
-        long = [arm for arm in ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
-        if long:
-            fig, axes = analyze.canvas(len(DRIFT), len(DRIFT))
-            fig.set_size_inches(11, 3.4)
-            for ax, (head, (_, metric)) in zip(axes, DRIFT.items()):
-                curves(ax, group, long, lambda line: [
-                    (probe["step"], probe[metric]) for probe in line["probes"]])
-                ax.set(title=head, xlabel="training step")
-            fig.savefig(path.with_name(f"{path.stem}-long.png"), dpi=90)
+
+    long = [arm for arm in ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
+    if long:
+        metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
+        fig, axes = analyze.canvas(3, 3)
+        fig.set_size_inches(11, 3.4)
+        for ax, (head, metric) in zip(axes, metrics.items()):
+            curves(ax, group, long, lambda line: [
+                (probe["step"], probe[metric]) for probe in line["probes"]])
+            ax.set(title=f"online {head}", xlabel="training step")
+        fig.savefig(file.with_name("study-online.png"), dpi=90)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,13 +511,15 @@ def folder(text: str) -> Path:
 
 def parse() -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--house", type=folder, default=HOUSE, help="the scripts to run, a clone at the "
+                   "commit of the study, as runs of two commits are no pair (default: these)")
     p.add_argument("--root", type=Path, default=Path("runs/study"), help="folder of the runs")
     p.add_argument("--lines", type=Path, help="file of numbers (default: ROOT/study.jsonl)")
     p.add_argument("--minutes", type=within(float, 0, 1e6), default=60, help="limit (default: 60)")
     p.add_argument("--workers", type=within(int, 1, 64), default=1, help="runs at once, default 1")
     p.add_argument("--threads", type=within(int, 1, 64), default=1,
                    help="of each run; others round otherwise and make no pairs (default: 1)")
-    p.add_argument("--scale", choices=list(SCALES), default="nano", help="(default: nano)")
+    p.add_argument("--scale", choices=SCALES, default="nano", help="(default: nano)")
     p.add_argument("--data", choices=list(DATA), help="only runs that train on this")
     p.add_argument("--arms", type=names, help="only these arms, a comma list")
     p.add_argument("--tiny", type=folder, help="Tiny ImageNet's training pictures; else left out")

@@ -19,7 +19,7 @@ from conftest import QUICK, ROOT
 sys.path.insert(0, str(ROOT / "results"))
 import study  # noqa: E402
 
-PUBLISHED = ROOT / "results/study.jsonl"
+PUBLISHED = ROOT / "results/first-study.jsonl"
 
 # What a stage leaves behind, without its work.
 FAKE = """
@@ -71,77 +71,102 @@ def small(monkeypatch, tmp_path):
 
     call.lines, call.rewrite = tmp_path / "runs/study.jsonl", rewrite
     monkeypatch.setattr(study, "stages", stages)
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), (0, 1))])
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), (100, 101))])
     monkeypatch.setattr(study, "STOP", threading.Event())
     for name in ("bad", "slow"):
-        monkeypatch.setitem(study.ARMS, name, study.Arm("", (), name))
+        monkeypatch.setitem(study.ARMS, name, study.Arm("", name, ""))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def blocks(text):
-    """{head: its rows}, of all tables."""
-    return {rows.splitlines()[0]: rows.splitlines()[1:] for rows in text.split("\n\n")}
+def rows(text):
+    """{first words of a row: its cells}, of all tables in Markdown."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
     args = SimpleNamespace(tiny="pictures", nyu="nyu", scale=scale)
-
-    def parsed(data, arm, seed):
-        return train.parse(study.stages(args, tmp_path / "run", data, arm, seed)["train"][1:])
-
-    sizes = {}
+    looks = {}
     for data, arm, seed in study.runs():
-        flags = parsed(data, arm, seed)
+        flags = train.parse(study.stages(args, tmp_path / "run", data, arm, seed)["train"][1:])
         assert flags.seed == seed and (flags.data == "scenes") == (data == "scenes")
-        if arm not in sizes:
-            flags.classes = 6
-            with torch.device("meta"):
-                sizes[arm] = clsspec.parameters(train.Network(flags).backbone)[0]
-    assert abs(sizes["wide"] / sizes["qkv4"] - 1) < 0.002 < sizes["qkv4"] / sizes["plain"] - 1
-    assert parsed("scenes", "plain-half", 5).lr == parsed("scenes", "plain", 5).lr / 2
+        looks[arm] = flags.batch_size * flags.steps
+    if scale == "nano":
+        assert looks["plain"] == 40_000 and abs(looks["qkv8-large"] / looks["plain"] - 1) < 0.01
+        assert (looks["best-x4"], looks["plain-x16"]) == (160_000, 640_000)
 
 
-def test_arms_are_compared_with_arms_of_the_same_data():
-    planned = {(data, arm, seed) for data, arm, seed in study.runs()}
+def test_arms_are_compared_with_arms_of_the_same_runs_and_no_seed_serves_twice():
+    planned = set(study.runs())
     for data, arm, seed in planned:
-        for control in study.ARMS[arm].controls:
-            assert seed > 4 or (data, control, 0) in planned, (arm, control)
+        control = study.ARMS[arm].control
+        assert not control or (data, control, seed) in planned, (data, arm, seed)
+    assert not set(study.CHOOSE) & set(study.CLAIM) and max(study.CHOOSE) < min(study.CLAIM) == study.CLAIM[0]
 
 
 def test_it_does_what_is_left_and_compares(small, capsys):
     lines = small("--workers", 2, "--arms", "plain")
-    assert [d["run"] for d in lines] == ["scenes-plain-0", "scenes-plain-1"] and not any(d["failed"] for d in lines)
+    assert [d["run"] for d in lines] == ["scenes-plain-100", "scenes-plain-101"] and not any(d["failed"] for d in lines)
     assert set(lines[0]["minutes"]) == {"train", "scenes", "untrained", "inside"}
-    assert lines[0]["probes"] == [{"step": 4, "miou": 1.0}] and lines[0]["cosine by block"] == [0.5, 0.25]
+    assert lines[0]["probes"] == [{"step": 4, "miou": 1.0}] and lines[0]["cosine by block"] == [0.5, 100.25]
     capsys.readouterr()
     lines = small("--workers", 2)
     printed = capsys.readouterr().out
     assert "plain" not in printed and printed.count("norms") == 6 and len(lines) == 4
     small("--tables")
-    table = blocks(capsys.readouterr().out)
-    rows = [" ".join(row.split()) for row in table["mIoU on Scenes, % ↑"]]
-    assert rows == ["untrained 0, 1 9.00 ± 0.00", "plain 0, 1 30.50 ± 0.71",
-                    "norms 0, 1 31.50 ± 0.71 +1.00 [+1.00, +1.00] * against plain (n = 2)"]
-    assert table["cosine of [CLS] and patches, after norm1"][0].split() == ["plain", "0,", "1", "0.625", "±", "0.354"]
-    assert "1 of 3 intervals leave out zero; by chance alone about 0.1 would." in table and "Failed runs: none" in table
+    text = capsys.readouterr().out
+    table = rows(text)
+    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norm1"]
+    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354"]
+    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", ""]
+    assert table["norms<br>minus plain"][1] == "131.50 ± 0.71<br>+1.00 [+1.00, +1.00]"
+    assert "nano, trained on Scenes, seeds for claims" in text and "4 runs, 0.0 hours of a core. Failed runs: none" in text
     small("--list")
-    assert "scenes-norms-1           train, scenes, inside" in capsys.readouterr().out
+    assert "scenes-norms-101         train, scenes, inside" in capsys.readouterr().out
+
+
+def test_p_values_and_their_correction():
+    for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0), (-2.571, 5, 0.05)):  # of tables
+        assert study.p_value(t, freedom) == pytest.approx(p, abs=2e-4)
+    assert study.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert study.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0]) and study.holm([]) == []
+
+
+def test_claims_are_those_of_the_plan_and_corrected_for_their_number(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "qkv8-k3"), (100, 101, 102)), ("scenes", ("plain", "norms"), (40, 41))])
+    lines = small("--workers", 2)
+    for d in lines:
+        d["results"]["teacher scenes"]["miou"] += {0: 0.5, 1: 0, 2: -0.5}.get(d["seed"] % 10, 0) * (d["arm"] == "norms")
+        d["results"]["teacher scenes"]["rmse"] += 0.01 * (d["seed"] % 3) * (d["arm"] == "norms")
+    small.rewrite(lines)
+    capsys.readouterr()
+    small("--tables")
+    text = capsys.readouterr().out
+    assert "seeds for choosing" in text and text.count("Claims of the plan") == 1
+    claims = text.split("Claims of the plan:")[1].strip().split("\n\n")[0]
+    found = [line for line in claims.splitlines() if line.startswith("| norms")]
+    assert len(found) == 2 and "qkv" not in claims
+    miou = [cell.strip() for cell in found[0].split("|")[2:-1]]
+    assert miou[:3] == ["mIoU % ↑", "3", "+1.00 [-0.24, +2.24]"] and float(miou[4]) == pytest.approx(2 * float(miou[3]), abs=2e-3)
 
 
 def test_pictures_of_the_tables(small, monkeypatch):
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), (0, 1, 2))])
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "best", "plain-x4", "best-x4"), (100, 101, 102))])
     if study.analyze.Figure is None:
         with pytest.raises(SystemExit, match="python -m pip install matplotlib"):
             small("--draw", "--lines", PUBLISHED)
         return
-    small("--workers", 2)
+    lines = small("--workers", 2)
+    for d in lines:
+        d["probes"] = [{"step": step, "miou": 30, "rmse": 1, "knn": 20} for step in range(1, 9)]
+    small.rewrite(lines)
     small("--draw")
     made = {file.name for file in small.lines.parent.glob("*.png")}
-    assert made == {"study-nano-scenes.png", "study-cosines.png"}
+    assert made == {"study-effects.png", "study-cosines.png", "study-steps.png", "study-online.png"}
 
 
 def test_it_stops_when_told_to_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -150,7 +175,7 @@ def test_it_stops_when_told_to_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "STOP", threading.Event())
     monkeypatch.setattr(study.signal, "signal", lambda *_: None)
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms"), (0,))])
-    monkeypatch.setitem(study.ARMS, "plain", study.Arm(" ".join([*QUICK, "--steps", "100000"]), (), ""))
+    monkeypatch.setitem(study.ARMS, "plain", study.Arm(" ".join([*QUICK, "--steps", "100000"]), "", ""))
     monkeypatch.setattr(sys, "argv", ["study.py", "--root", str(tmp_path / "runs")])
 
     def when_it_works():
@@ -177,7 +202,7 @@ def test_it_stops_in_time(small, monkeypatch, capsys):
 
 def test_a_line_stays_when_its_folder_goes(small):
     before = small("--workers", 2)
-    shutil.rmtree(small.lines.parent / "scenes-plain-0")
+    shutil.rmtree(small.lines.parent / "scenes-plain-100")
     assert small("--arms", "norms") == before
 
 
@@ -191,11 +216,11 @@ def test_a_line_names_no_folder_of_this_machine(small, monkeypatch, tmp_path):
 
 def test_runs_with_other_threads_are_no_pair(small, capsys):
     lines = small("--workers", 2)
-    {line["run"]: line for line in lines}["scenes-norms-1"]["threads"] = 2
+    {line["run"]: line for line in lines}["scenes-norms-101"]["threads"] = 2
     small.rewrite(lines)
     capsys.readouterr()
     small("--tables")
-    assert "against" not in capsys.readouterr().out
+    assert "[" not in capsys.readouterr().out.replace(study.EXPLAINED, "").replace("[95 %", "")
 
 
 def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsys):
@@ -212,36 +237,35 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
 
 
 def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "bias", "bias-qkv4", "dino"), (0, 1))])
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "plain-large", "qkv8-large", "qkv8"), (40, 41))])
     lines = small("--workers", 2)
     for d in lines:
-        d["results"]["teacher scenes"]["miou"] = {"plain": 30, "bias": 20, "bias-qkv4": 25, "dino": 9}[d["arm"]]
+        d["results"]["teacher scenes"]["miou"] = {"plain": 30, "plain-large": 20, "qkv8-large": 25, "qkv8": 9}[d["arm"]]
     small.rewrite(lines)
     capsys.readouterr()
     small("--tables")
-    rows = blocks(capsys.readouterr().out)["mIoU on Scenes, % ↑"]
-    assert [" ".join(row.split()[-8:]) for row in rows[2:4]] == [
-        "[-10.00, -10.00] * against plain (n = 2)", "+5.00] * against attention bias (n = 2)"]
-    assert rows[4].endswith("9.00 ± 0.00")
+    table = rows(capsys.readouterr().out)
+    assert table["norms, qkv in 8 blocks, batch 128<br>minus plain, batch 128"][1].endswith("+5.00 [+5.00, +5.00]")
+    assert table["norms, qkv in 8 blocks<br>minus plain"][1].endswith("-21.00 [-21.00, -21.00]") and table["plain, batch 128"][1] == "20.00 ± 0.00"
 
 
-def test_long_runs_are_compared_late_with_half_way(small, monkeypatch, capsys):
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "dino", "dino-entmax"), (0, 1))])
-    lines = small("--workers", 2)
-    fall = {("dino", 0): -4, ("dino", 1): -2, ("dino-entmax", 0): 1, ("dino-entmax", 1): 2}
-    for d in lines:  # up to step 3500 30 +- 1, from 5000 on 30 +- 1 and what it fell by; between them anything
-        d["probes"] = []
-        for step in range(500, 1501 if d["arm"] == "plain" else 6001, 500):
-            late = fall.get((d["arm"], d["seed"]), 0) * (step > 4500)
-            miou = 30 + (step // 500 % 3 - 1) + late + 9 * (step == 4000)
-            d["probes"].append({"step": step, "miou": miou, "rmse": 1.0, "knn": 2.0})
-    small.rewrite(lines)
-    capsys.readouterr()
-    small("--tables")
-    rows = [" ".join(row.split()) for row in blocks(capsys.readouterr().out)["online mIoU, % ↑"]]
-    assert rows == [
-        "dino, 6000 steps 0, 1 -3.00 ± 1.41 -3.00 [-15.71, +9.71] against no change (n = 2)",
-        "dino, 6000 steps, entmax-1.5 0, 1 1.50 ± 0.71 +4.50 [-1.85, +10.85] against dino, 6000 steps (n = 2)"]
+def test_late_probes_are_compared_with_those_half_way():
+    def probes(last, fall):  # the middle sixth 30 +- 1, from five sixths on 30 +- 1 less `fall`; else anything
+        return [{"step": step, "miou": 30 + (step // 500 % 3 - 1) - fall * (step > 4500) + 9 * (step == 4000), "rmse": 1.0, "knn": 2.0}
+                for step in range(500, last + 1, 500)]
+
+    assert study.drift(probes(6000, 4)) == {"miou": -4, "rmse": 0, "knn": 0}
+    assert study.drift(probes(1000, 4)) == {} and study.drift([]) == {}
+
+
+def test_another_house_is_run(small, tmp_path, monkeypatch):
+    seen = []
+    real = subprocess.Popen
+    monkeypatch.setattr(study.subprocess, "Popen", lambda *a, cwd, **k: seen.append(cwd) or real(*a, cwd=cwd, **k))
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("norms",), (100,))])
+    (tmp_path / "clone").mkdir()
+    small("--house", tmp_path / "clone")
+    assert set(seen) == {tmp_path / "clone"}
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -260,21 +284,14 @@ def test_tables_without_a_run(small):
         small("--tables")
 
 
-def test_the_published_tables_and_pictures_can_be_made(monkeypatch, capsys, tmp_path):
-    file = tmp_path / "study.jsonl"
-    shutil.copy(PUBLISHED, file)
-    monkeypatch.setattr(sys, "argv", ["study.py", "--tables", "--lines", str(file)])
+def test_the_published_tables_can_be_made(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--tables", "--lines", str(PUBLISHED)])
     study.main()
-    shown = capsys.readouterr().out
-    # Numbers of results/STUDY.md.
-    for part in ("32.67 ± 2.03", "-1.90 [-3.53, -0.26] * against plain (n = 5)", "+2.34 [-1.54, +6.21] against dino",
-                 "-0.83 [-4.38, +2.72] against plain, as many parameters", "0.835 ± 0.017", "15 of 89 intervals"):
-        assert part in shown, part
-    if study.analyze.Figure:
-        monkeypatch.setattr(sys, "argv", ["study.py", "--draw", "--lines", str(file)])
-        study.main()
-        made = {picture.name for picture in tmp_path.glob("*.png")}
-        assert made == {picture.name for picture in ROOT.glob("results/study-*.png")}
+    text = capsys.readouterr().out
+    table = rows(text.split("trained on Tiny ImageNet")[0])
+    for part in ("32.28 ± 1.51<br>-0.38 [-1.20, +0.43]", "-1.67 [-2.27, -1.07]", "0.420 ± 0.051", "wide<br>minus plain", "31.60 ± 1.58"):
+        assert part in str(table), part  # numbers of STUDY.md
+    assert "71 runs, 20.8 hours of a core. Failed runs: none" in text
 
 
 def test_head_ends_the_tables_without_a_word():

@@ -710,8 +710,8 @@ def start(cfg: Config, init: str | None = None) -> ViT:
     if has == wanted:
         return model
     need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
-         f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or give "
-         "a plain one")
+         f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or "
+         "give a plain one")
     return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
                       cfg.registers_path, cfg.spec_init)
 

@@ -422,7 +422,19 @@ def test_name_of_a_run(flags, name):
 def test_defaults_are_those_of_the_device_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = [(a.device, a.scale, a.precision) for a in map(train.parse, ([], ["--device", "cpu"]))]
-    assert found == [("cuda", "small", "bf16"), ("cpu", "nano", "fp32")]
+    assert found == [("cuda", "small", None), ("cpu", "nano", None)]  # precision: see below
+
+
+@pytest.mark.parametrize("able, width, flags, expected", [
+    ((), 384, [], "fp32"), (("_is_avx512_bf16_supported",), 384, [], "bf16"), (("_is_amx_tile_supported",), 384, [], "bf16"),
+    (("_is_avx512_bf16_supported",), 192, [], "fp32"), (("_is_avx512_bf16_supported",), 384, ["--precision", "fp32"], "fp32"),
+    ((), 64, ["--precision", "bf16"], "bf16")], ids=str)
+def test_precision_is_what_pays_here(tmp_path, monkeypatch, capsys, able, width, flags, expected):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in able, raising=False)
+    size = {64: "nano", 192: "tiny", 384: "small"}[width]
+    train.main([*QUICK, "--size", size, "--patch", "16", "--dry-run", *flags])
+    assert f"(no GPU in use, {expected})" in capsys.readouterr().out and train.precision_for("cuda", 64) == "bf16"
 
 
 ROOT = Path(__file__).parent.parent
@@ -462,6 +474,14 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_long_run_says_after_100_steps_what_is_learnt(tmp_path, capsys):
+    run(tmp_path / "a", "--steps", 250, "--save-every", 250, "--batch-size", 2, "--log-every", 20)
+    told = [line for line in capsys.readouterr().out.splitlines() if "foretells" in line]
+    assert len(told) == 1 and re.search(r"^step 100: .* is \d\.\d\d; knowing nothing it is 2.77. About 0 minutes to go", told[0]), told
+    lines = {line["step"]: line for line in logged(tmp_path / "a")}
+    assert f"is {lines[100]['dino']:.2f};" in told[0]
 
 
 def logged(out):

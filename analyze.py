@@ -832,6 +832,7 @@ def write(key: str, how: dict, models: dict, folder: Path) -> None:
 
 def run(args) -> Path:
     """Measure every model, then print, write and draw one measure after the other."""
+    eval_dense.check_device(args)
     subjects = subjects_of(args)
     homes = {s.name: s.home for s in subjects}
     out = Path(args.out or subjects[0].home)
@@ -922,7 +923,7 @@ def parse(argv) -> argparse.Namespace:
                    "list; default: 0, of scenes 0,1,2,3: sky and grounds")
     g.add_argument("--foreground", action="store_true", help="pca: of the foreground alone")
     g = p.add_argument_group("machine and output")
-    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"],
+    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=eval_dense.DEVICES,
                    help="CUDA_VISIBLE_DEVICES says which (default: %(default)s)")
     g.add_argument("--out", help="folder; default: see above")
     args = p.parse_args(argv)
@@ -931,8 +932,6 @@ def parse(argv) -> argparse.Namespace:
     if bool(args.compare) == bool(args.models):
         p.error("give run folders or weights, as in: python analyze.py runs/NAME; or --compare and "
                 "nothing else")
-    if args.device == "cuda" and not cuda:
-        p.error(f"--device {args.device}: torch sees no GPU here; give --device cpu")
     return args
 
 

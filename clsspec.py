@@ -195,7 +195,7 @@ class PatchEmbed(nn.Module):
 def in_parts(function, *x: Tensor) -> Tensor:
     """function(*x), which looks at each row (last dimension) by itself. On a CPU so many rows at a
     time as its cache can hold: entmax looks at them again and again, and takes 0.7 of the time."""
-    if x[0].is_cuda:
+    if x[0].device.type != "cpu":
         return function(*x)
     out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
     rows = max(2**18 // x[0].shape[-1], 1)
@@ -280,7 +280,7 @@ class Attention(nn.Module):
         q = q[:, :, :asking]
         # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a
         # step of nano, which has 37.
-        few = k.shape[2] < 64 and not x.is_cuda
+        few = k.shape[2] < 64 and x.device.type == "cpu"
         if self.kind == "entmax15" or few:
             out = self.weights(q, k) @ v
         else:

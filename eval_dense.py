@@ -1127,7 +1127,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     # 3. What comes out, with all that is needed to make it again.
     result = {name: value.item() for name, value in scores(stats).items()}
     if "counts" in stats:
-        iou = 100 * class_iou(stats["counts"].sum(0))
+        iou = 100 * class_iou(stats["counts"].sum(0).cpu())
         result["iou"] = dict(zip(test.classes, iou.tolist()))
     protocol = asdict(replace(p, train=len(train), test=len(test))) | {"height": h, "width": w}
     result |= {"chosen": chosen, "protocol": protocol, "versions": versions(),
@@ -1182,6 +1182,16 @@ def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -
     scenes.sheet(path, rows, classes, far)
 
 
+DEVICES = "cpu", "cuda", "mps"  # mps: a Mac's GPU, which knows no float64
+
+
+def check_device(args) -> None:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    need(there[args.device],
+         f"--device {args.device}: torch sees no GPU here; give --device cpu")
+
+
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = Parser(description=__doc__, formatter_class=raw)
@@ -1198,7 +1208,7 @@ def parse(argv) -> argparse.Namespace:
         more = dict(type=kind) if kind is not bool else dict(action=argparse.BooleanOptionalAction)
         g.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **more)
     g = p.add_argument_group("machine and output")
-    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"],
+    g.add_argument("--device", default="cuda" if cuda else "cpu", choices=DEVICES,
                    help="CUDA_VISIBLE_DEVICES says which (default: %(default)s)")
     g.add_argument("--workers", type=within(int, 0, 256), default=8 if cuda else 2,
                    help="processes to read files (default: %(default)s)")
@@ -1223,11 +1233,6 @@ def changes(args) -> dict:
     wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
     need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}")
     return changed
-
-
-def check_device(args) -> None:
-    need(args.device == "cpu" or torch.cuda.is_available(),
-         f"--device {args.device}: torch sees no GPU here; give --device cpu")
 
 
 def run(args) -> None:

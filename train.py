@@ -197,7 +197,7 @@ FLAGS = {
         ("ema-end", 1.0, (0.0, 1.0), "... and at the end"),
         ("freeze-last", 0.01, (0.0, 1.0), "share of the steps before the prototypes learn")],
     "machine and log": [
-        ("device", None, ["cpu", "cuda"], "CUDA_VISIBLE_DEVICES says which"),
+        ("device", None, list(eval_dense.DEVICES), "CUDA_VISIBLE_DEVICES says which"),
         ("precision", None, ["bf16", "fp32"], "of matrix products; default: bf16 on a GPU, and "
          "from width 384 on on a CPU that computes with it (avx512_bf16, AMX)"),
         ("compile", False, None, "torch.compile the networks"),

@@ -496,13 +496,11 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
-    (["x", "--device", "cuda"], "torch sees no GPU here"), (["x", "--compare", "a", "b"], "--compare and nothing else"),
+    (["x", "--compare", "a", "b"], "--compare and nothing else"),
     (["x", "--what", "cost,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
     (["x", "--background", "0,sky"], "--background"), (["x", "--background", "300"], "--background"),
     (["x", "--seconds", "3"], "--seconds")])
 def test_flags_are_refused_by_the_parser(flags, words, capsys):
-    if "cuda" in flags and torch.cuda.is_available():
-        return
     with pytest.raises(SystemExit, match="2"):
         analyze.main(flags)
     text = capsys.readouterr().err
@@ -521,6 +519,10 @@ def test_errors_say_what_to_do(trained, tmp_path):
         analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
     with pytest.raises(SystemExit, match="the same model twice"):
         analyze.main([model, model])
+    for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if not there:
+            with pytest.raises(SystemExit, match=f"--device {device}: torch sees no GPU here; give --device cpu"):
+                analyze.main([model, "--device", device])
     with pytest.raises(SystemExit, match="nothing was measured"):
         analyze.main([str(trained / "spec"), "--what", "degradation"])
 

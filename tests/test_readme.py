@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import analyze
@@ -74,8 +75,11 @@ def test_the_shapes_it_shows_are_those_that_come_out(tmp_path, monkeypatch):
     (tmp_path / "runs/plain").mkdir(parents=True)
     torch.save({"model": vars(network.backbone.config), "args": {"seed": 0}, "teacher": network.state_dict()}, "runs/plain/last.pt")
     torch.save(clsspec.ViT(clsspec.config("small", patch=14, image_size=28)).state_dict(), "dinov2_vits14_pretrain.pth")
+    Image.new("RGB", (300, 225)).save("photo.jpg")
     names = {}
     for snippet in SNIPPETS[1:]:
         exec(snippet, names)
     assert (tuple(names["out"]["cls"].shape), tuple(names["out"]["patches"].shape)) == ((2, 64), (2, 36, 64))
     assert "# (2, 64), (2, 36, 64)" in README and names["model"].config.spec_blocks == 4
+    assert (tuple(names["features"]["cls"].shape), tuple(names["features"]["patches"].shape)) == ((1, 384), (1, 16 * 21, 384))
+    assert clsspec.load("specialised.pt").config == names["model"].config

@@ -335,7 +335,7 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
         ramp = paint_depth(torch.linspace(1e-3, far, 200).expand(12, -1), far)
         draw.text((margin, y + 2), "0 m", "black", font)
         page.paste(TF.to_pil_image(ramp), (margin + 28, y + 2))
-        draw.text((margin + 234, y + 2), f"{far:g} m; black: no depth", "black", font)
+        draw.text((margin + 234, y + 2), f"{far:.3g} m; black: no depth", "black", font)
     page.save(path)
 
 

@@ -205,7 +205,8 @@ FLAGS = {
         ("log-every", 10, (1, MANY), "steps between log lines"),
         ("save-every", 200, (1, MANY), "steps between checkpoints"),
         ("probe-every", 500, (0, MANY), "steps between short probes on Scenes; 0: none"),
-        ("probe", True, None, "judge the network on Scenes at the end")]}
+        ("probe", True, None, "judge the network at the end: k-NN where --data has class folders, "
+         "else on Scenes")]}
 SHAPE = "size", "patch", "layerscale", "mlp_ratio", "registers", "attn", "attn_bias", "class_attn"
 SPEC = "spec", "spec_blocks", "spec_where", "spec_rank", "registers_path", "spec_init"
 
@@ -1203,24 +1204,58 @@ def probe(vit: clsspec.ViT) -> dict[str, float]:
     return {k: result[k] for k in eval_dense.METRICS if k in result}
 
 
+STAGES = {"untrained": "before training", "teacher": "after training"}
+
+
 def final_table(args) -> None:
-    """Linear probes on Scenes of the network as it was at step 0, and of the teacher in last.pt."""
+    """Linear probes on Scenes of the network as it was at step 0, and of the teacher in last.pt;
+    and pictures of what both read."""
     protocol = replace(eval_dense.PROTOCOLS["scenes"], tasks=eval_dense.DENSE)
-    print("\nWhat a linear layer reads from frozen patches (Scenes):\n"
+    other = "" if args.data == "scenes" else f", another world than {args.data}"
+    print(f"\nWhat a linear layer reads from frozen patches (Scenes{other}):\n"
           f"{'':18}classes, mIoU % (higher is better)   depth, RMSE m (lower is better)")
-    found = []
-    for name, title in (("untrained", "before training"), ("teacher", "after training")):
+    found, rows = [], {"picture": [], "true seg": []}
+    for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
-        result = eval_dense.evaluate(model, p=protocol)[0]
+        result, _, shots = eval_dense.evaluate(model, p=protocol, keep=6)
         eval_dense.record(args.out / "eval.json", f"{name} scenes tasks=seg,depth", result)
         print(f"{title:18}{result['miou']:22.2f}{result['rmse']:35.3f}", flush=True)
         found.append(result)
+        rows |= {words: row for words, row in shots.items() if "predicted" not in words}
+        rows |= {f"{title}: {task}": shots[f"predicted {task}"] for task in eval_dense.DENSE}
     start, end = found
     # A point of mIoU may be chance.
     better = end["miou"] > start["miou"] + 1 and end["rmse"] < start["rmse"]
     look = "`bce`" if args.supervised else "`dino` and `usage`"
     print("It has learnt: both are better than before." if better else
           f"It has learnt little: train longer, or look at {look} in log.jsonl.")
+    rows = {words: rows[words] for words in sorted(rows, key=lambda words: words.endswith("depth"))}
+    eval_dense.draw(args.out / "pictures.png", rows, Scenes.classes)
+    print(f"What it reads, as pictures: {args.out / 'pictures.png'}")
+
+
+def own_table(args, folder: Folder) -> None:
+    """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
+    some = range(0, len(folder), max(len(folder) // 5000, 1))  # from all classes: they are sorted
+    rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
+    print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
+          f"by the others', of {args.classes}\n(the network has seen all of them, without labels):"
+          f"\n{'':18}right, % (higher is better)")
+    for name, title in STAGES.items():
+        model = clsspec.load(args.out / "last.pt", name).to(args.device)
+        size = eval_dense.whole_patches(args.image_size, model.config.patch)
+        every = eval_dense.Pictures(rows, size=size, device=torch.device(args.device))
+        p = eval_dense.PROTOCOLS["imagefolder"]
+        try:
+            found = eval_dense.features(model, every, p, False, args.workers)
+        except ValueError as err:  # a file that training has passed over
+            return print(f"no table of them: {str(err).strip().splitlines()[-1]}")
+        x, label = found["whole"][:, : model.config.width], found["label"]
+        asked = torch.arange(len(rows), device=x.device) % 10 == 0
+        guess = eval_dense.knn(x[~asked], label[~asked], x[asked], args.classes)
+        right = 100 * (guess == label[asked]).float().mean().item()
+        eval_dense.record(args.out / "eval.json", f"{name} {short(args.data)}", {"knn": right})
+        print(f"{title:18}{right:22.2f}", flush=True)
 
 
 def run(args, rank: int, ranks: int) -> None:
@@ -1272,7 +1307,10 @@ def run(args, rank: int, ranks: int) -> None:
         with signals.held() if ranks > 1 else nullcontext():
             loop(args, folder, out, student, teacher, optimizer, first, skipped, rank, ranks)
         if main and args.probe:
-            final_table(args)
+            if folder and sorted_out and not args.supervised and len(folder) >= 20:
+                own_table(args, folder)
+            else:
+                final_table(args)
     say(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}\n"
         f"next: python eval_dense.py {args.out} (judge more), python analyze.py {args.out} (look "
         "inside)" + ("; the control is the same command without --spec" if args.spec else ""))

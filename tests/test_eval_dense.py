@@ -351,7 +351,31 @@ def test_online_probe_is_in_the_log_and_the_table_in_eval_json(tmp_path, monkeyp
     assert {"miou", "rmse", "absrel", "delta1", "knn"} < lines[0].keys() and 0 < lines[0]["miou"] < 100
     results = json.loads((tmp_path / "a/eval.json").read_text())
     assert list(results) == ["untrained scenes tasks=seg,depth", "teacher scenes tasks=seg,depth"]
-    assert f"{results['teacher scenes tasks=seg,depth']['miou']:.2f}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{results['teacher scenes tasks=seg,depth']['miou']:.2f}" in text and f"pictures: {tmp_path}/a/pictures.png" in text
+    with Image.open(tmp_path / "a/pictures.png") as img:  # 7 rows of 6 pictures
+        assert img.width > 6 * 100 and img.height > 7 * 100
+
+
+def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, monkeypatch, capsys):
+    for kind, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (40, 50), tuple(c + i for c in colour)).save(tmp_path / "own" / kind / f"{i}.png")
+    flags = "--scale nano --device cpu --batch-size 4 --steps 2 --probe-every 0 --workers 0 --data".split()
+    train.main([*flags, str(tmp_path / "own"), "--out", str(tmp_path / "a")])
+    text = capsys.readouterr().out
+    assert "every tenth of 40 pictures" in text and "of 2\n" in text and "(Scenes" not in text
+    results = json.loads((tmp_path / "a/eval.json").read_text())
+    assert list(results) == ["untrained own", "teacher own"]
+    assert results["untrained own"]["knn"] == 100 and "before training                   100.00" in text  # colours are easy to tell
+    (tmp_path / "own/red/3.png").write_bytes(b"no picture")
+    train.main([*flags, str(tmp_path / "own"), "--out", str(tmp_path / "b")])
+    assert "no table of them: " in capsys.readouterr().out and not (tmp_path / "b/eval.json").exists()
+    few = dict(train=40, test=20, iterations=5)
+    monkeypatch.setitem(PROTOCOLS, "scenes", replace(PROTOCOLS["scenes"], **few))
+    train.main([*flags, str(tmp_path / "own/blue"), "--out", str(tmp_path / "c")])  # no classes
+    assert f"(Scenes, another world than {tmp_path}/own/blue)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -5,8 +5,8 @@
     python analyze.py runs/spec --what cosines,pca --data path/to/pictures
     python analyze.py --compare "runs/plain-*" "runs/spec-*"   # two groups, paired over seeds
 
-Numbers go to analysis.json in --out, pictures beside it, to NAME.png; all but pca.png want
-matplotlib. --out is the first model's folder (what is of another model then goes to its own, too),
+Numbers go to analysis.json in --out, pictures beside it, to NAME.png; all but pca.png and maps.png
+want matplotlib. --out is the first model's folder (what is of another model then goes to its own, too),
 of weights runs/FILE, of --compare the folder that all runs are in. P1: arXiv 2602.08626, P2: arXiv
 2605.23868. "Ours": a paper's formula is unknown.
 
@@ -14,6 +14,10 @@ cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with 
              four points of a block: `before norm`, what enters it; `after norm`, what leaves norm1;
              `attention`, the branch after out-projection and LayerScale; `after attention`, the
              residual stream with it. The last row is the final norm. (P1; where exactly: ours)
+             Of a block's patches after the final norm: `shared`, length of the mean of a picture's
+             unit patches, 1 if all are alike; `neighbours`, mean cosine of patches side by side or
+             one above the other minus that of all pairs, raw and after the picture's mean patch is
+             taken off (ours)
 dimensions   Mean |activation| of each dimension, of [CLS] and of patches, before and after norm1.
              `overlap`: sum_d min(a_d, b_d), both scaled to sum 1; 1 the same dimensions, 0 disjoint
              ones (ours). `gain`: mean |gain| of norm1 on the tenth of the dimensions in which [CLS]
@@ -21,7 +25,7 @@ dimensions   Mean |activation| of each dimension, of [CLS] and of patches, befor
              two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
 norms        L2 norm of patches that leave a block; `outliers`: % of patches above three medians,
              `on_border`: % of those in the outermost ring (ours; P1's rows with registers and
-             attention bias are about them)
+             attention bias are about them). One sentence says the block with most of them
 attention    Of patches as queries: `entropy`, nats; `support`, number of keys with weight above 0;
              `distance` to the patches looked at, in patches; `to_cls`, `to_registers`, `to_bias`, %
              of the weight. Of [CLS]: `cls_entropy`, `cls_support`. A number a head; tables and
@@ -39,7 +43,11 @@ pca          A column a picture, a row a model: three principal components of th
              patches as RGB, fitted to all --pictures, in the order and with the signs that are most
              like the first model's. --foreground: fitted to the patches on that side of 0 of the
              first component that the border has less of; others are black. `share`: % of the
-             variance. (P1, P2)
+             variance. --block: of another block. (P1, P2)
+maps         A column a picture. Of each model and head of --block: where [CLS] looks, the weight of
+             each patch, white is the head's largest on that picture; the table says how much of the
+             weight is on patches, on [CLS] itself, registers and bias. And how alike all patches of
+             the block are to one of them, --patch, framed: white is cosine 1, black 0 or less
 cost         Each model, and every variant of its size: parameters; GFLOPs of a picture, 2 for a
              multiply-add; what the forward pass keeps for the backward one, MiB a picture, in fp32.
              Time: `python train.py --spec norms,qkv --bench 20`. (P1: +8 % parameters, +0 % FLOPs)
@@ -75,10 +83,11 @@ except ImportError:  # numbers alone
 import clsspec
 import eval_dense
 import scenes
-from clsspec import Config, ViT
+from clsspec import Config, ViT, need
 from eval_dense import LOWER, METRICS, one_line, read_json, read_picture, strict, within
 
-WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "cost")
+WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps",
+        "cost")
 POINTS = ("before norm", "after norm", "attention", "after attention")
 
 # --------------------------------------------------------------------------------------------------
@@ -148,7 +157,22 @@ def cosines(step: Step) -> dict[str, Tensor]:
         kept[f"{point} cls_patch"] = (cls * total).sum(1) / n
         # Of n^2 pairs the n of a patch with itself, 1 each, do not count.
         kept[f"{point} patch_patch"] = (total.square().sum(1) - n) / (n * (n - 1))
+    patches = F.normalize(step.final[:, step.first :].float(), dim=-1)
+    kept["shared"] = patches.mean(1).norm(dim=-1)
+    kept["neighbours"] = neighbour_excess(patches, step.grid)
+    centred = patches - patches.mean(1, keepdim=True)
+    kept["neighbours centred"] = neighbour_excess(centred, step.grid)
     return kept
+
+
+def neighbour_excess(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches (B, N, D) -> how much more alike neighbours are than any two, in cosine: (B,)."""
+    unit, n = F.normalize(x, dim=-1), x.shape[1]
+    every = (unit.sum(1).square().sum(1) - n) / (n * (n - 1))
+    unit = unit.unflatten(1, grid)  # (B, h, w, D)
+    beside = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1).flatten(1)
+    below = (unit[:, 1:] * unit[:, :-1]).sum(-1).flatten(1)
+    return torch.cat([beside, below], dim=1).mean(1) - every
 
 
 def dimensions(step: Step) -> dict[str, Tensor]:
@@ -204,6 +228,14 @@ def features(step: Step) -> dict[str, Tensor]:
     patches = step.final[:, step.first :]
     cls = step.final[:, :1] if step.cls else torch.full_like(patches[:, :1], math.nan)
     return {"patches": patches.half(), "cosine": F.cosine_similarity(patches, cls, dim=-1)}
+
+
+def looks(step: Step) -> dict[str, Tensor]:
+    """[CLS]'s attention weights, of each head (B, H, keys): NaN where it does not ask."""
+    if step.attention is None:
+        return {}
+    weights = step.attention[:, :, 0].float()
+    return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
 
 
 def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
@@ -424,7 +456,10 @@ MEASURES = {
     "cosines": (cosines, means, [
         (point, "mean cosine", 3,
          {"[CLS]-patch": f"{point} cls_patch", "patch-patch": f"{point} patch_patch"})
-        for point in POINTS]),
+        for point in POINTS] + [
+        ("patches share", "length of the mean unit patch", 3, {"shared part": "shared"}),
+        ("neighbour excess", "cosine minus that of all pairs", 3,
+         {"raw": "neighbours", "centred": "neighbours centred"})]),
     "dimensions": (dimensions, dimension_numbers, [
         ("shared dimensions", "overlap: 1 the same, 0 disjoint", 3,
          {"before norm": "before norm overlap", "after norm": "after norm overlap"}),
@@ -510,6 +545,64 @@ def pca(path: Path, models: list[Tensor], subjects: list[Subject]) -> dict[str, 
         rows[title] = list(colour[:8])
     scenes.sheet(path, rows)
     return {s.name: {"share": share} for s, share in zip(subjects, shares)}
+
+
+def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject]) -> dict[str, dict]:
+    """Draw where [CLS] looks and what is like one patch. seen: of each model the weights of [CLS]
+    (P, H, keys) and the patches (P, N, D) of the chosen block. -> {model: % of weight, a head}."""
+    out, rows = {}, {"picture": list(subjects[0].img[:8] / 255)}
+    for s, (weights, patches) in zip(subjects, seen):
+        c, (h, w) = s.model.config, s.grid
+        need(not weights.isnan().any(), f"block {s.args.block} of {s.name} has no [CLS] yet")
+        row, column = s.args.patch or (h // 2, w // 2)
+        need(row < h and column < w, f"--patch {row},{column} is outside {h} rows and {w} columns")
+        bias = int(c.attn_bias)
+        parts = weights.mean(0).split([bias, 1, c.registers, h * w], dim=1)  # (H, keys of a kind)
+        out[s.name] = {kind: (100 * part.sum(1)).tolist()
+                       for kind, part in zip(("bias", "[CLS]", "registers", "patches"), parts)
+                       if part.shape[1]}
+        shown = weights[:8, :, -h * w :]  # (8, H, N)
+        shown = shown / shown.amax(-1, keepdim=True).clamp(min=1e-12)
+        img = s.img[:8] / 255
+        for head in range(c.heads):
+            title = " ".join([*textwrap.wrap(s.name, 14), f"head {head + 1}"])
+            rows[title] = over(img, shown[:, head].view(-1, h, w))
+        unit = F.normalize(patches[:8].float(), dim=-1)
+        alike = (unit * unit[:, row * w + column, None]).sum(-1).view(-1, h, w)
+        tiles = over(img, alike.clamp(0, 1))
+        for tile in tiles:
+            frame(tile, row, column, s.model.config.patch)
+        rows[" ".join([*textwrap.wrap(s.name, 14), f"like {row},{column}"])] = tiles
+    scenes.sheet(path, rows)
+    return out
+
+
+def over(img: Tensor, light: Tensor) -> list[Tensor]:
+    """Pictures (P, 3, H, W) in [0, 1] in grey, as dark as light (P, h, w) says; where it is 1, half
+    white, so that a dark object is seen too."""
+    light = F.interpolate(light[:, None], img.shape[-2:], mode="nearest")
+    grey = img.mean(1, keepdim=True)
+    return list((light * (0.5 + 0.5 * grey)).expand(-1, 3, -1, -1).clone())
+
+
+def frame(tile: Tensor, row: int, column: int, p: int) -> None:
+    """Draw a red frame around a patch of a picture (3, H, W), in place."""
+    at = tile[:, row * p : (row + 1) * p, column * p : (column + 1) * p]
+    wide = -(-tile.shape[1] // 112)  # pixels, so that one is left on a sheet
+    inside = at[:, wide:-wide, wide:-wide].clone()
+    at[:] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    at[:, wide:-wide, wide:-wide] = inside
+
+
+def outlier_sentence(numbers: dict[str, list[float]]) -> str:
+    """What the norms say to a reader: outliers are patches of more than three times the median."""
+    most = max(range(len(numbers["outliers"])), key=numbers["outliers"].__getitem__)
+    share = numbers["outliers"][most]
+    if share < 0.05:
+        return "no outliers: no block has more than 1 patch in 2,000 above three medians"
+    times = numbers["largest"][most] / numbers["median"][most]
+    return (f"outliers: block {most + 1} has most, {share:.1f} % of its patches are longer than "
+            f"three medians, the longest {times:.1f} medians")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -637,6 +730,9 @@ def table(what: str, model: str, numbers: dict) -> None:
     elif what == "pca":
         for i, share in enumerate(numbers["share"]):
             columns.append([f"component {i + 1}", f"{share:.1f} %"])
+    elif what == "maps":
+        for i, shares in enumerate(zip(*numbers.values())):
+            columns.append([f"head {i + 1}", *(f"{share:.1f} %" for share in shares)])
     else:
         columns = [["", "", *(f"block {i + 1}" for i in range(len(numbers[BLOCKS[what][0]])))]]
         if what in FINAL:
@@ -646,6 +742,8 @@ def table(what: str, model: str, numbers: dict) -> None:
                 cells = [f"{level(v):.{decimals}f}".replace("nan", "-") for v in numbers[key]]
                 columns.append([title, label, *cells])
     show(columns)
+    if what == "norms":
+        print(f"  {outlier_sentence(numbers)}")
 
 
 def comparison_table(a: str, b: str, found: dict) -> None:
@@ -803,6 +901,8 @@ def subjects_of(args) -> list[Subject]:
         if size % patch:
             raise ValueError(f"--image-size {size} is no multiple of {patch}, the patch of {name}; "
                              f"try {max(round(size / patch), 1) * patch}")
+        need((args.block or 1) <= model.config.depth, f"--block {args.block}: {name} has "
+             f"{model.config.depth} blocks")
         grid = size // patch, size // patch
         out.append(Subject(name, eval_dense.home(file), model, *pictures(args, size), grid, args))
     return out
@@ -820,6 +920,8 @@ def key_of(what: str, args) -> str:
         words.append(f"background={','.join(map(str, args.background))}")
     if what == "pca" and args.foreground:
         words.append("foreground")
+    if what in ("pca", "maps") and args.block:
+        words.append(f"block={args.block}")
     return " ".join(words)
 
 
@@ -847,8 +949,9 @@ def run(args) -> Path:
 
     measures = {what: measure for what, measure in MEASURES.items() if what in args.what}
     keeps = {keep for keep, *_ in measures.values()} - {None}
-    keeps |= {features} if "pca" in args.what else set()
-    results, last = defaultdict(dict), []
+    drawn = {"pca", "maps"} & set(args.what)
+    keeps |= ({features} if drawn else set()) | ({looks} if "maps" in drawn else set())
+    results, patches, weights = defaultdict(dict), [], []
     for s in subjects:
         kept = survey(s.model, s.img, keeps) if keeps else {}
         for what, (keep, numbers, _) in measures.items():
@@ -856,11 +959,16 @@ def run(args) -> Path:
                 results[what][s.name] = numbers(kept[keep.__name__] if keep else {}, s)
             except ValueError as err:  # the other measures may well have what they need
                 print(f"{what}: left out of {s.name}, {err}")
-        if "pca" in args.what:
-            last.append(kept["features"]["patches"][-1])
+        block = (args.block or s.model.config.depth) - 1
+        if drawn:
+            patches.append(kept["features"]["patches"][block])
+        if "maps" in drawn:
+            weights.append(kept["looks"]["weights"][block])
         del kept  # room for the next model's
-    if "pca" in args.what:  # all models at once, as their colours are to be alike
-        results["pca"] = pca(out / "pca.png", last, subjects)
+    if "pca" in drawn:  # all models at once, as their colours are to be alike
+        results["pca"] = pca(out / "pca.png", patches, subjects)
+    if "maps" in drawn:
+        results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
 
     for what in WHAT:
         found = results[what]
@@ -902,6 +1010,14 @@ def classes(text: str) -> tuple[int, ...]:
     return tuple(map(within(int, 0, 254), eval_dense.names(text)))
 
 
+def place(text: str) -> tuple[int, ...]:
+    """--patch: a row and a column."""
+    numbers = tuple(map(within(int, 0, 4096), text.split(",")))
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COLUMN, as in 3,5")
+    return numbers
+
+
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = eval_dense.Parser(description=__doc__, formatter_class=raw)
@@ -921,6 +1037,10 @@ def parse(argv) -> argparse.Namespace:
                    "default: the model's own, but at least 8 and at most 16 patches")
     g.add_argument("--background", type=classes, metavar="LIST", help="numbers of classes, comma "
                    "list; default: 0, of scenes 0,1,2,3: sky and grounds")
+    g.add_argument("--block", type=within(int, 1, 999), help="pca, maps: of which block, 1 is the "
+                   "first; default: the last")
+    g.add_argument("--patch", type=place, metavar="ROW,COLUMN", help="maps: the patch that others "
+                   "are compared with, from 0 on; default: the middle")
     g.add_argument("--foreground", action="store_true", help="pca: of the foreground alone")
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="cuda" if cuda else "cpu", choices=eval_dense.DEVICES,

@@ -5,10 +5,12 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import analyze
@@ -29,6 +31,62 @@ def subject(**more):
     """What a function of numbers may ask about a model: its pictures are Scenes, its grid 2 x 2."""
     args = SimpleNamespace(data="scenes", root="", network="teacher", background=None)
     return SimpleNamespace(**{"args": args, "mask": None, "grid": (2, 2), "model": None} | more)
+
+
+# --- where one looks ---------------------------------------------------------------------------------
+
+
+def test_neighbour_excess_against_loops():
+    x = torch.randn(2, 6, 5)  # a grid of 2 rows, 3 columns
+    cos = lambda b, i, j: F.cosine_similarity(x[b, i], x[b, j], dim=0).item()
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    beside = [(0, 1), (1, 2), (3, 4), (4, 5), (0, 3), (1, 4), (2, 5)]
+    for b, found in enumerate(analyze.neighbour_excess(x, (2, 3)).tolist()):
+        mean = lambda some: sum(cos(b, i, j) for i, j in some) / len(some)
+        assert found == pytest.approx(mean(beside) - mean(pairs), abs=1e-5)
+
+
+def test_what_patches_share_is_what_centring_takes_off():
+    model = vit().float()
+    step = next(walk(model, torch.randn(2, 3, 24, 40)))
+    unit = F.normalize(step.final[:, step.first :], dim=-1)
+    found = analyze.cosines(step)
+    torch.testing.assert_close(found["shared"], unit.mean(1).norm(dim=-1))
+    alike = replace(step, final=step.final * 0 + step.final[:1, -1:])  # all patches the same
+    assert analyze.cosines(alike)["shared"].tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert analyze.cosines(alike)["neighbours"].tolist() == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_outliers_are_said_in_a_sentence():
+    numbers = {"outliers": [0.0, 2.1, 0.3], "largest": [1.0, 15.0, 9.0], "median": [1.0, 3.0, 1.0]}
+    assert "block 2 has most, 2.1 % of its patches" in (said := analyze.outlier_sentence(numbers)) and "the longest 5.0 medians" in said
+    assert analyze.outlier_sentence(numbers | {"outliers": [0.0, 0.04, 0.0]}).startswith("no outliers")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(registers=2, attn_bias=True), dict(class_attn=1)], ids=str)
+def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path):
+    model, img = vit(**changes).float(), torch.randint(256, (3, 3, 24, 40), dtype=torch.uint8)
+    kept = analyze.survey(model, img, [analyze.looks, analyze.features])
+    one = subject(name="m", img=img, grid=(3, 5), model=model, args=SimpleNamespace(block=3, patch=None))
+    seen = kept["looks"]["weights"][2], kept["features"]["patches"][2]
+    shares = analyze.maps(tmp_path / "maps.png", [seen], [one])["m"]
+    attention = list(walk(model, clsspec.normalise(img / 255)))[2].attention[:, :, 0]  # (P, H, keys)
+    expected = {"patches": attention[..., -15:].sum(-1).mean(0)}
+    if changes.get("attn_bias"):
+        expected |= {"bias": attention[..., 0].mean(0), "registers": attention[..., 2:4].sum(-1).mean(0)}
+    for kind, value in expected.items():
+        assert shares[kind] == pytest.approx((100 * value).tolist(), abs=1e-3), kind
+    assert all(sum(head) == pytest.approx(100, abs=1e-3) for head in zip(*shares.values()))
+    with Image.open(tmp_path / "maps.png") as page:  # picture, two heads, similarity
+        assert page.height == 4 + 4 * 116
+        lit, x = page.convert("RGB"), 96 + round(112 * 40 / 24) // 2
+        assert any(lit.getpixel((x + dx, 4 + 3 * 116 + y)) == (255, 0, 0) for dx in range(-30, 30) for y in range(112))  # the frame
+    one.args.patch = (3, 0)
+    with pytest.raises(ValueError, match="--patch 3,0 is outside 3 rows and 5 columns"):
+        analyze.maps(tmp_path / "maps.png", [seen], [one])
+    if changes.get("class_attn"):
+        with pytest.raises(ValueError, match="block 3 of m has no .CLS. yet"):
+            analyze.maps(tmp_path / "maps.png", [(kept["looks"]["weights"][0], seen[1])], [one])
 
 
 # --- the walk ----------------------------------------------------------------------------------------
@@ -380,7 +438,7 @@ def test_everything_of_two_runs(trained, capsys, monkeypatch):
         drawn = set(analyze.WHAT) - {"cost"} | {"gains"}
         assert made == {f"{w}.png" for w in drawn} and "without matplotlib" not in text
     else:
-        assert made == {"pca.png"} and "python -m pip install matplotlib" in text
+        assert made == {"pca.png", "maps.png"} and "python -m pip install matplotlib" in text
 
 
 def test_a_table_has_its_words_above_its_numbers(capsys):
@@ -498,6 +556,7 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
     (["x", "--compare", "a", "b"], "--compare and nothing else"),
     (["x", "--what", "cost,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
+    (["x", "--patch", "3"], "'3' is not ROW,COLUMN"), (["x", "--patch", "1,a"], "'a' is not a whole number"), (["x", "--block", "0"], "--block: 0 is outside"),
     (["x", "--background", "0,sky"], "--background"), (["x", "--background", "300"], "--background"),
     (["x", "--seconds", "3"], "--seconds")])
 def test_flags_are_refused_by_the_parser(flags, words, capsys):
@@ -517,6 +576,8 @@ def test_errors_say_what_to_do(trained, tmp_path):
         analyze.main([model, "--what", "cosines", "--image-size", "33"])
     with pytest.raises(SystemExit, match="--data pairs wants in --root"):
         analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--block 13: plain has 12 blocks"):
+        analyze.main([model, "--what", "pca", "--block", "13"])
     with pytest.raises(SystemExit, match="the same model twice"):
         analyze.main([model, model])
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):

@@ -17,7 +17,7 @@ import torchvision
 
 import clsspec
 import train
-from conftest import QUICK
+from conftest import HANGUP, QUICK
 
 
 # --- losses ------------------------------------------------------------------------------------------
@@ -617,7 +617,7 @@ def test_labels_of_folders_are_learnt(tmp_path):
     folder = train.Folder(str(tmp_path / "set"), 32)
     assert list(folder.classes) == ["a", "b", "c"] and [folder[i][1] for i in (0, 8, 23)] == [0, 1, 2]
     flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2", "--mixup", 0, "--cutmix", 0,
-             "--colour", 0, "--ema", 0.5, "--steps", 60, "--workers", 0]
+             "--colour", 0, "--ema", 0.5, "--steps", 100, "--workers", 0]
     state = run(tmp_path / "r", *flags)
     lines = logged(tmp_path / "r")
     assert {"bce", "top1"} <= lines[0].keys() and "dino" not in lines[0]
@@ -887,7 +887,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["student"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, *HANGUP])
 def test_killed_runs_leave_a_checkpoint_that_loads(tmp_path, number):
     """Signals reach all processes of a terminal or a job, those that read files too."""
     pictures(tmp_path / "set")

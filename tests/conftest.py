@@ -10,8 +10,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Under `nohup` a closed terminal's signal is to be ignored, so there it can end nothing.
-HANGUP = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+# Under `nohup`, or behind a shell's `&`, signals that the tests send would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of seconds: every part of the default, small.
 QUICK = ["--scale", "nano", "--device", "cpu", "--pictures", "16", "--batch-size", "4", "--image-size", "32",

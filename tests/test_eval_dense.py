@@ -22,7 +22,7 @@ import analyze
 import clsspec
 import eval_dense
 import train
-from conftest import HANGUP, ROOT
+from conftest import ROOT
 from eval_dense import PROTOCOLS, Head, Protocol
 from scenes import Scenes
 
@@ -718,7 +718,7 @@ def leave(number, *flags, wait=b"training heads", cwd):
     return said.decode(), job.returncode, time.time() - start
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HANGUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("data", ["scenes", "pairs"])
 def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, number, data):
     shutil.copytree(runs / "a", tmp_path / "a")

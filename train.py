@@ -189,6 +189,7 @@ FLAGS = {
         ("lr-end", 1e-6, (0.0, 10.0), "learning rate at the end"),
         ("patch-embed-lr", 1.0, (0.0, 100.0), "factor on the patch embedding's learning rate"),
         ("cls-lr", 1.0, (0.0, 100.0), "factor on the learning rate of [CLS]'s copies"),
+        ("head-lr", 1.0, (0.0, 1e4), "on the heads': with --init they alone start at random"),
         ("warmup", 0.1, (0.0, 1.0), "share of the steps until the peak"),
         ("wd", 0.04, (0.0, 10.0), "weight decay at first; none on biases, norms, LayerScale"),
         ("wd-end", 0.4, (0.0, 10.0), "... and at the end"),
@@ -808,7 +809,9 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
-    groups, apart = {}, ["last", "patch_embed"] + ["cls"] * (args.cls_lr != 1)
+    groups, apart = {}, ["last", "patch_embed"]
+    # Only where they have a rate of their own, so that old checkpoints have the same groups.
+    apart += ["cls"] * (args.cls_lr != 1) + ["cls_head", "patch_head"] * (args.head_lr != 1)
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
         if args.supervised:  # DeiT's are free, DINO's and DINOv2's are not
@@ -821,8 +824,10 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     """Give each group its learning rate and weight decay of this step."""
+    factors = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr,
+               **dict.fromkeys(("cls_head", "patch_head", "last"), args.head_lr)}
     for group in optimizer.param_groups:
-        factor = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr}.get(group["kind"], 1)
+        factor = factors.get(group["kind"], 1)
         if group["kind"] == "last" and step < args.freeze_last * args.steps:
             factor = 0  # early on prototypes move fast, and the backbone would chase them
         group["lr"] = factor * now["lr"]

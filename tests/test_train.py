@@ -338,6 +338,20 @@ def test_cls_lr_is_of_the_copies_alone():
     assert "backbone.cls_token" in rate and "cls_head.last" in rate  # which are no copies
 
 
+def test_head_lr_is_of_the_heads_alone():
+    args = train.parse([*QUICK, "--head-lr", "10", "--patch-embed-lr", "0.5", "--freeze-last", "0.5", "--steps", "4"])
+    student = train.Network(args)
+    names, optimizer = {id(p): n for n, p in student.named_parameters()}, train.make_optimizer(args, student)
+    for step in (0, 3):
+        train.set_rates(args, optimizer, {"lr": 0.1, "wd": 0.2}, step)
+        rate = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rate.keys() == set(names.values())
+        for name, lr in rate.items():
+            wanted = 0.05 if "patch_embed" in name else 1.0 if "head" in name else 0.1
+            assert lr == pytest.approx(0 if step == 0 and name.endswith("head.last") else wanted), (step, name)
+    assert {"cls_head.last", "patch_head.last", "backbone.norm.weight"} <= rate.keys()
+
+
 def test_positions_and_cls_are_free_of_decay_with_labels_as_in_deit():
     args = train.parse([*QUICK, "--recipe", "deit3"])
     args.classes = 3

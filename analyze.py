@@ -870,15 +870,15 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
     if args.data == "scenes":
         made = scenes.Scenes("test", size)(torch.arange(n))
         return made["image"], made["mask"]
-    if args.data not in ("voc", "pairs"):
+    if args.data not in eval_dense.OPEN:
         files = eval_dense.picture_files(args.data)
         files = files[:: max(len(files) // n, 1)][:n]  # from all over the folder
         return torch.stack([fit(read_picture(file), size) for file in files]), None
-    protocol = replace(eval_dense.PROTOCOLS[args.data], tasks=("seg",))
-    _, test = eval_dense.open_set(args.data, args.root, protocol, 1, "cpu")
+    test = eval_dense.open_split(args.data, args.root, "val")
     rows = test.rows[:: max(len(test.rows) // n, 1)][:n]
     # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
-    img = torch.stack([fit(read_picture(row["image"], upright=False), size) for row in rows])
+    alone = rows[0].keys() <= {"image", "label"}
+    img = torch.stack([fit(read_picture(row["image"], upright=alone), size) for row in rows])
     nearest = TF.InterpolationMode.NEAREST_EXACT
     masks = [fit(test.mask(row["mask"])[None], size, nearest)[0] for row in rows if "mask" in row]
     return img, torch.stack(masks) if masks else None
@@ -1028,9 +1028,9 @@ def parse(argv) -> argparse.Namespace:
     p.add_argument("--network", default="teacher", choices=["teacher", "student", "untrained"],
                    help="(default: teacher)")
     g = p.add_argument_group("pictures")
-    g.add_argument("--data", default="scenes", help="scenes, voc, pairs, a folder of pictures, a "
-                   "text file of their paths, or one picture (default: scenes)")
-    g.add_argument("--root", default="", help="folder of voc or pairs")
+    g.add_argument("--data", default="scenes", help="scenes, a set of eval_dense.py, a folder of "
+                   "pictures, a text file of their paths, or one picture (default: scenes)")
+    g.add_argument("--root", default="", help="folder of such a set")
     g.add_argument("--pictures", type=within(int, 1, 10_000), default=64, metavar="N",
                    help="how many (default: 64)")
     g.add_argument("--image-size", type=within(int, 1, 4096), metavar="S", help="side, pixels; "

@@ -35,10 +35,13 @@ Metrics   miou: mean of intersection / union of the whole set over classes that 
   cityscapes   1024          512           40000 x 16          1e-3              1500     19
   nyu, sunrgbd 480           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
   kitti        352           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
-  imagefolder  256, of which the middle 224; cls and knn only
+  pets         224           224; -        1000 x 32           1e-2              0.1      2, and 37
+  imagefolder, imagenette, cifar10: 256, of which the middle 224; cls and knn only
 Scenes: 2000 of split "probe", 1000 of "test". Depth is valid to 20 m in scenes, 10 nyu, 80 kitti,
 the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in Garg's of the lower 352 x
-1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m.
+1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m. pets: seg of pet and
+background, the border ignored; cls and knn of breeds, in the middle 224 of 256. --download fetches
+voc, pets, imagenette and cifar10.
 Not the papers': sampled rows and columns; depth not augmented; crops not coloured, no limit on a
 class's share; linear decay; nyu's rate chosen on frames of the same videos; cls: one block, not
 augmented.
@@ -158,6 +161,8 @@ def picture_files(data) -> list[str]:
 def open_picture(file, kind: str = "RGB", upright: bool = False, side: int = 0) -> Image.Image:
     """A picture as RGB, or with kind "as it is" in its own mode. upright: turned as its EXIF says.
     side: a JPEG is decoded no finer than this needs. ValueError: which file, and why not."""
+    if isinstance(file, Tensor):  # uint8 (3, H, W), of a set that has no file for each picture
+        return TF.to_pil_image(file)
     try:
         need(os.path.exists(file), "there is no such file")
         need(os.path.isfile(file), "it is no file")
@@ -393,6 +398,13 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
 
+    def only(self, *labels: str) -> "Pictures":
+        """With these labels alone: on disk an item is a whole picture with its maps, or the middle
+        of one with its class."""
+        keep = {"image", *labels}
+        rows = [{kind: x for kind, x in row.items() if kind in keep} for row in self.rows]
+        return replace(self, rows=rows)
+
     def batches(self, order, workers: int = 0):
         """Dicts of stacked items. order: lists of numbers, or of (number, u) for crops."""
         if self.memory:
@@ -524,14 +536,39 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
     return found
 
 
-def voc(at: Path, split: str) -> Pictures:
+# Sets that torchvision fetches, and how much that is.
+FETCHED = {"voc": "2 GB", "pets": "0.8 GB", "imagenette": "0.3 GB", "cifar10": "0.2 GB"}
+
+
+def fetched(make, download: bool, *args, **options):
+    """A data set of torchvision's; one that is not there is fetched, if that is wanted."""
+    try:
+        return make(*args, **options)
+    except RuntimeError:  # its message names torchvision's flag, not ours
+        if not download:
+            raise OSError("it is not there, or not whole") from None
+    return make(*args, **options, download=True)
+
+
+def voc(at: Path, split: str, download: bool = False) -> Pictures:
     """VOCdevkit/VOC2012/ with JPEGImages, SegmentationClass and ImageSets/Segmentation, from
     host.robots.ox.ac.uk/pascal/VOC/voc2012"""
-    found = torchvision.datasets.VOCSegmentation(at, "2012", split)
+    found = fetched(torchvision.datasets.VOCSegmentation, download, at, "2012", split)
     classes = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor")
     rows = [{"image": image, "mask": mask} for image, mask in zip(found.images, found.masks)]
     return Pictures(rows, classes=tuple(classes.split()))
+
+
+def pets(at: Path, split: str, download: bool = False) -> Pictures:
+    """oxford-iiit-pet/ with images/ and annotations/, from www.robots.ox.ac.uk/~vgg/data/pets"""
+    part = {"train": "trainval", "val": "test"}[split]
+    found = fetched(torchvision.datasets.OxfordIIITPet, download, at, part)
+    rows = [{"image": str(image), "mask": str(mask), "label": label}
+            for image, mask, label in zip(found._images, found._segs, found._labels)]
+    ids = torch.full((256,), 255, dtype=torch.uint8)  # 3, the border, is "not classified"
+    ids[1], ids[2] = 1, 0
+    return Pictures(rows, ids=ids, classes=("background", "pet"), labels=tuple(found.classes))
 
 
 def ade20k(at: Path, split: str) -> Pictures:
@@ -609,7 +646,43 @@ def imagefolder(at: Path, split: str) -> Pictures:
     return Pictures(rows, labels=tuple(found.classes))
 
 
-OPEN = {f.__name__: f for f in (pairs, voc, ade20k, cityscapes, nyu, kitti, sunrgbd, imagefolder)}
+def imagenette(at: Path, split: str, download: bool = False) -> Pictures:
+    """imagenette2-320/ with train/ and val/, from github.com/fastai/imagenette"""
+    found = fetched(torchvision.datasets.Imagenette, download, at, split, "320px")
+    names = tuple(names[0] for names in found.classes)  # of several words for each, the first
+    return replace(imagefolder(at / "imagenette2-320", split), labels=names)
+
+
+def cifar10(at: Path, split: str, download: bool = False) -> Pictures:
+    """cifar-10-batches-py/, from www.cs.toronto.edu/~kriz/cifar.html"""
+    # Pickles; torchvision compares each with its checksum before it opens it.
+    found = fetched(torchvision.datasets.CIFAR10, download, at, split == "train")
+    images = torch.from_numpy(found.data).movedim(3, 1)  # uint8 (n, 3, 32, 32)
+    rows = [{"image": img, "label": label} for img, label in zip(images, found.targets)]
+    return Pictures(rows, labels=tuple(found.classes))
+
+
+OPEN = {f.__name__: f for f in (pairs, voc, pets, ade20k, cityscapes, nyu, kitti, sunrgbd,
+                                imagefolder, imagenette, cifar10)}
+
+
+def open_split(data: str, root: str, split: str, **options) -> Pictures:
+    """A split, "train" or "val", of a set on disk. ValueError: what is missing, what is expected,
+    and where it is had. options: of the function that opens it."""
+    at = Path(root or f"data/{data}")
+    wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
+    if data in FETCHED:
+        wanted += f"; --download fetches it, {FETCHED[data]}"
+    try:
+        found = OPEN[data](at, split, **options)
+    except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
+        raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
+    need(found.rows, f"no picture in split {split}; {wanted}")
+    files = [x for row in found.rows for x in row.values() if isinstance(x, str)]
+    missing = [file for file in files if not os.path.exists(file)]  # now, not hours later
+    count = f"{len(missing)} of {len(files)}"
+    need(not missing, f"{count} files are missing, as {''.join(missing[:1])}; {wanted}")
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -674,36 +747,28 @@ DEPTH = Protocol(("depth",), 480, flip=True, iterations=38_400, batch_size=16,
 PROTOCOLS = {
     "scenes": Protocol(TASKS, iterations=2000, batch_size=128, lr=(3e-2,)),
     "pairs": Protocol(DENSE),
+    "pets": Protocol(("seg", "cls", "knn"), 224, crop=224),
     "voc": SEG, "ade20k": SEG, "cityscapes": replace(SEG, image_size=1024),
     "nyu": DEPTH, "kitti": replace(DEPTH, image_size=352), "sunrgbd": DEPTH,
-    "imagefolder": Protocol(("cls", "knn"), 224)}
+    **dict.fromkeys(("imagefolder", "imagenette", "cifar10"), Protocol(("cls", "knn"), 224))}
 
 
-def open_set(data: str, root: str, p: Protocol, patch: int, device) -> list[Pictures]:
-    """The training and the test split. ValueError: what is missing, expected, and had where."""
+def open_set(data: str, root: str, p: Protocol, patch: int, device,
+             download: bool = False) -> list[Pictures]:
+    """The training and the test split. ValueError: as in `open_split`, or of other classes."""
     if data == "scenes":
         need(p.split != "probe", "--split probe: heads are trained on it; give test, val or train")
         size = whole_patches(p.image_size, patch) or 8 * patch
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
-    at, sets = Path(root or f"data/{data}"), []
-    wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
-    for split in ("train", "val"):
-        try:
-            more = (p.unit, p.max_depth) if data == "pairs" else ()
-            found = OPEN[data](at, split, *more)
-        except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
-            raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
-        need(found.rows, f"no picture in split {split}; {wanted}")
-        files = [path for row in found.rows for kind, path in row.items() if kind != "label"]
-        missing = [file for file in files if not os.path.exists(file)]  # now, not hours later
-        count = f"{len(missing)} of {len(files)}"
-        need(not missing, f"{count} files are missing, as {''.join(missing[:1])}; {wanted}")
-        sets.append(replace(found, device=device, size=p.image_size, crop=p.crop, patch=patch))
-    need(data != "imagefolder" or p.image_size,
-         "--image-size 0: imagefolder cuts all pictures to one side; give it")
+    options = {"pairs": dict(unit=p.unit, max_depth=p.max_depth)}.get(data, {})
+    options |= {"download": download} if data in FETCHED else {}
+    sets = [open_split(data, root, split, **options) for split in ("train", "val")]
+    need(p.image_size or not sets[0].labels,
+         f"--image-size 0: {data} cuts pictures to one side for cls and knn; give it")
     same = sets[0].labels == sets[1].labels  # or a label would mean two things
-    need(same, f"train/ and val/ of {at} have other classes; {wanted}")
-    return sets
+    need(same, f"train/ and val/ of {root or 'data/' + data} have other classes; mend one of them")
+    return [replace(one, device=device, size=p.image_size, crop=p.crop, patch=patch)
+            for one in sets]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1075,7 +1140,8 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
 
 
 def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | None = None,
-             workers: int = 0, keep: int = 0, cache_gib: float = 4.0) -> tuple[dict, dict, dict]:
+             workers: int = 0, keep: int = 0, cache_gib: float = 4.0,
+             download: bool = False) -> tuple[dict, dict, dict]:
     """All tasks of a protocol, on a frozen model in eval mode, on its device.
 
     Returns the result (metrics, IoU per class in %, protocol, seconds), the numbers of every test
@@ -1087,7 +1153,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     need(max(p.layers, default=1) <= depth,
          f"--layers {','.join(map(str, p.layers))} is outside 1 to {depth}, the depth here")
     p = replace(p, crop=whole_patches(p.crop, patch), window=whole_patches(p.window, patch))
-    train, test = open_set(data, root, p, patch, next(model.parameters()).device)
+    train, test = open_set(data, root, p, patch, next(model.parameters()).device, download)
     kinds = set(train.memory or train.rows[0]) & set(test.memory or test.rows[0])
     able = [task for task in TASKS if LABEL[task] in kinds]
     asked = p.tasks != PROTOCOLS[data].tasks  # the usual tasks are cut down to what is there
@@ -1097,26 +1163,30 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     need(len(train) > 1 or ("cls" not in p.tasks and len(p.lr) == 1),
          "one training picture is too few to choose a learning rate by; give more")
     dense, of_pictures = set(p.tasks) & set(DENSE), set(p.tasks) - set(DENSE)
+    maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
     # 1. Features, once if they fit: every crop would have other ones.
-    first = train.memory["image"][0] if train.memory else train[0]["image"]
+    seen = maps if dense else train.only("label")
+    first = seen.memory["image"][0] if seen.memory else seen[0]["image"]
     h, w = first.shape[-2:]
     bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
     fits = len(train) * bytes_each <= cache_gib * 2**30
     once = bool(dense) and fits and not p.crop
-    known = features(model, train, p, once, workers) if once or of_pictures else {}
+    known = features(model, maps, p, True, workers) if once else {}
 
     # 2. Heads on them, then the test set.
     stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}
     if dense:
-        seen = replace(train, memory=known) if once else train
-        best = best_heads(model, train, seen, p, workers)
+        seen = replace(maps, memory=known) if once else maps
+        best = best_heads(model, maps, seen, p, workers)
         chosen = {task: f"lr {lr:g}" for task, (lr, _) in best.items()}
         heads = [head for _, head in best.values()]
-        stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
+        stats, shots = judge(model, heads, test_maps, torch.arange(len(test)), p, workers, keep)
     if of_pictures:
-        tested, classes = features(model, test, p, False, workers), len(train.labels)
-        x, labels, test_x = known["whole"], known["label"], tested["whole"]
+        if "label" not in known:  # Scenes have it all at once
+            known = features(model, train.only("label"), p, False, workers)
+        tested = features(model, test.only("label"), p, False, workers)
+        x, labels, test_x, classes = known["whole"], known["label"], tested["whole"], len(train.labels)
         if "cls" in p.tasks:
             guess, chosen["cls"] = linear(x, labels, test_x, classes)
             stats["linear"] = 100.0 * (guess == tested["label"])
@@ -1192,6 +1262,11 @@ def check_device(args) -> None:
          f"--device {args.device}: torch sees no GPU here; give --device cpu")
 
 
+def check_download(args) -> None:
+    need(args.data in FETCHED or not args.download,
+         f"--data {args.data} cannot be fetched, only {', '.join(FETCHED)}; leave out --download")
+
+
 def parse(argv) -> argparse.Namespace:
     raw, cuda = argparse.RawDescriptionHelpFormatter, torch.cuda.is_available()
     p = Parser(description=__doc__, formatter_class=raw)
@@ -1201,6 +1276,8 @@ def parse(argv) -> argparse.Namespace:
                    help="untrained: as both were at step 0 (default: teacher)")
     g.add_argument("--data", default="scenes", choices=list(PROTOCOLS), help="(default: scenes)")
     g.add_argument("--root", default="", help="folder of the data set (default: data/NAME)")
+    g.add_argument("--download", action="store_true", help="fetch what is not there, of "
+                   + ", ".join(f"{name} ({size})" for name, size in FETCHED.items()))
     g = p.add_argument_group("protocol (defaults: the data set's, as above)")
     for f in fields(Protocol):
         kind = f.metadata["kind"]
@@ -1217,7 +1294,7 @@ def parse(argv) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-IMAGEFOLDER = {"tasks", "image_size", "layers", "seed"}  # the fields that mean something there
+OF_PICTURES = {"tasks", "image_size", "layers", "seed"}  # what matters where there are no maps
 
 
 def changes(args) -> dict:
@@ -1227,8 +1304,9 @@ def changes(args) -> dict:
     need(not unknown, f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
     given = {f.name: getattr(args, f.name) for f in fields(p)}  # in the order of the flags
     changed = {k: v for k, v in given.items() if v is not None and v != getattr(p, k)}
-    idle = {"scenes": {"crop"}, "imagefolder": given.keys() - IMAGEFOLDER}
-    idle = idle.get(args.data, {"train", "test", "split"})  # numbers of Scenes
+    no_maps = not set(p.tasks) & set(DENSE)
+    idle = {"crop"} if args.data == "scenes" else {"train", "test", "split"}  # numbers of Scenes
+    idle = given.keys() - OF_PICTURES if no_maps else idle
     idle = idle if args.data == "pairs" else idle | {"unit", "max_depth"}
     wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
     need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}")
@@ -1237,6 +1315,7 @@ def changes(args) -> dict:
 
 def run(args) -> None:
     check_device(args)
+    check_download(args)
     changed = changes(args)
     p = replace(PROTOCOLS[args.data], **changed)
     key = title(args.network, args.data, args.root)
@@ -1252,7 +1331,8 @@ def run(args) -> None:
     first = size = None
     for name, path, model in zip(args.runs, paths, models):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
-                                        args.workers, args.save_pictures)
+                                        args.workers, args.save_pictures,
+                                        download=args.download)
         record(home(path) / "eval.json", key, result)  # kept first, printed second
         print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}")
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]

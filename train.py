@@ -126,7 +126,10 @@ FLAGS = {
         ("recipe", "dinov2", list(RECIPES), "losses and their defaults"),
         ("scale", None, list(SCALES), "size of everything; small on a GPU, nano on a CPU"),
         ("init", None, None, "start from these weights: a run's last.pt, or public ones"),
-        ("data", "scenes", None, "'scenes', a folder of pictures, or a text file of their paths"),
+        ("data", "scenes", None, "'scenes', a folder of pictures, a text file of their paths, one "
+         "picture, or a set of eval_dense.py, as " + ", ".join(eval_dense.FETCHED)),
+        ("root", "", None, "folder of such a set; default: data/NAME"),
+        ("download", False, None, "fetch such a set, if it is not there"),
         ("out", None, None, "run folder; default: runs/ and recipe, scale, data, spec, seed"),
         ("seed", 0, (0, 2**40), "of weights, order of pictures, views and masks"),
         ("resume", False, None, "go on from the checkpoint in --out"),
@@ -291,13 +294,26 @@ def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
     return permutation(n, seed, epoch)[at * batch : (at + 1) * batch]
 
 
-class Folder(torch.utils.data.Dataset):
-    """Pictures on disk, see `eval_dense.picture_files`: uint8 (3, side, side), RGB; the shorter
-    side is resized, the middle cut out. With each its label, and names of files not readable."""
+def epoch_size(args, folder, batch: int) -> int:
+    """Of so few pictures on disk that they fill no batch, some are in it several times."""
+    return max(len(folder), batch) if folder else args.pictures
 
-    def __init__(self, data: str, side: int):
-        self.files = eval_dense.picture_files(data)
+
+class Folder(torch.utils.data.Dataset):
+    """Pictures on disk, see `eval_dense.picture_files`, or the training split of one of its sets:
+    uint8 (3, side, side), RGB; the shorter side is resized, the middle cut out. With each its
+    label, and names of files not readable."""
+
+    def __init__(self, data: str, side: int, root: str = "", download: bool = False):
         self.data, self.side = data, side
+        if data in eval_dense.OPEN:
+            options = {"download": download} if data in eval_dense.FETCHED else {}
+            rows = eval_dense.open_split(data, root, "train", **options)
+            self.files = [row["image"] for row in rows.rows]
+            self.labels = [row.get("label", 0) for row in rows.rows]
+            self.classes = {name: i for i, name in enumerate(rows.labels or ("",))}
+            return
+        self.files = eval_dense.picture_files(data)
         # A class is a folder in the folder; "" are pictures in none.
         names = [""] * len(self.files)
         if os.path.isdir(data):
@@ -333,7 +349,8 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and names of unreadable files, from
     step `first` on."""
-    n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
+    batch = args.batch_size * ranks
+    n = epoch_size(args, folder, batch)
     # Every rank knows the whole batch and takes its slice.
     mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)
     order = (batch_index(n, batch, args.seed, step)[mine] for step in range(first, args.steps))
@@ -986,8 +1003,8 @@ class RunFolder:
 
 
 # What may differ between a run and its continuation; --batch-size, if the global batch does not.
-FREE = {"resume", "overwrite", "dry_run", "out", "workers", "device", "compile", "checkpointing",
-        "log_every", "save_every", "probe_every", "probe", "batch_size", "steps"}
+FREE = {"resume", "overwrite", "download", "dry_run", "out", "workers", "device", "compile",
+        "checkpointing", "log_every", "save_every", "probe_every", "probe", "batch_size", "steps"}
 
 
 def as_json(args) -> dict:
@@ -1183,9 +1200,9 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
          "all of it")
     if args.bench:
         return
-    n, batch = len(folder) if folder else args.pictures, args.batch_size * ranks
-    need(n >= batch, f"a global batch of {batch} pictures is larger than the set: --data "
-         f"{args.data} has {n}; lower --batch-size" + ("" if folder else " or raise --pictures"))
+    n, batch = args.pictures, args.batch_size * ranks
+    need(folder or n >= batch, f"a global batch of {batch} pictures is larger than the set: --data "
+         f"scenes has {n}; lower --batch-size or raise --pictures")
 
 
 def check_finite(rows: Tensor, names: list[str], first: int, kept: str) -> None:
@@ -1269,7 +1286,12 @@ def run(args, rank: int, ranks: int) -> None:
     say = print if main else lambda *_, **__: None
     eval_dense.check_device(args)
     scenes = args.data == "scenes"
-    folder = None if scenes or args.dry_run or args.bench else Folder(args.data, args.source_size)
+    eval_dense.check_download(args)
+    need(ranks == 1 or not args.download, "--download: each process would fetch the set; fetch it "
+         "with one, as by eval_dense.py, and leave it out here")
+    folder = None
+    if not (scenes or args.dry_run or args.bench):
+        folder = Folder(args.data, args.source_size, args.root, args.download)
     args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
@@ -1281,6 +1303,9 @@ def run(args, rank: int, ranks: int) -> None:
     say(f"{what} ({machine}, {args.precision}), recipe {args.recipe}, data {args.data}, spec "
         f"{','.join(args.spec) or 'none'}", flush=True)
     check(args, folder, shape, ranks)
+    if folder and len(folder) < args.batch_size * ranks:
+        say(f"note: {len(folder)} picture(s) are less than a batch of {args.batch_size * ranks}; "
+            "some are in it several times")
     if args.dry_run:
         return describe(args, shape, ranks) if main else None
     if args.bench:
@@ -1325,8 +1350,8 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
          skipped: int, rank: int, ranks: int) -> None:
     """Steps from `first` on, with a log line, a probe and a checkpoint where they are due. out:
     None on all ranks but the first; skipped: unreadable files until now."""
-    n = len(folder) if folder else args.pictures
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
+    n = epoch_size(args, folder, batch)
     done, window, tick, stopped = first, [], 0.0, None
     cpu, threads, said = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
     told = args.supervised or args.steps - first < 200

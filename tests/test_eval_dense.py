@@ -22,7 +22,7 @@ import analyze
 import clsspec
 import eval_dense
 import train
-from conftest import ROOT
+from conftest import ROOT, save_map
 from eval_dense import PROTOCOLS, Head, Protocol
 from scenes import Scenes
 
@@ -383,7 +383,8 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
     (["RUN", "--layers", "9,13"], "--layers 9,13 is outside 1 to 12"), (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
     (["RUN", "--train", "1"], "one training picture is too few"), (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
     (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
-    (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
+    (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--data", "cifar10", "--crop", "8"], "cifar10 has no use for --crop"),
+    (["RUN", "--download"], "scenes cannot be fetched, only voc, pets, imagenette, cifar10; leave out --download"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
 def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=words) as caught:
@@ -471,15 +472,6 @@ def test_tasks_that_a_set_cannot_do(tmp_path):
     (at / "depth/val").rename(at / "depth/test")
     result = eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=5))[0]
     assert "rmse" not in result and "miou" in result
-
-
-def save_map(file: Path, values, mode="L", size=(16, 16)):
-    """A picture of one value, or of the given rows. 16-bit for mode I;16."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    t = torch.as_tensor(values)
-    t = t.expand(size) if t.ndim == 0 else t
-    img = Image.fromarray(t.to(torch.uint16 if mode == "I;16" else torch.uint8).numpy().copy())
-    img.convert(mode).save(file) if mode in ("P", "RGB") else img.save(file)
 
 
 def opened(data, at, **how):
@@ -583,11 +575,54 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
     p = replace(PROTOCOLS["imagefolder"], image_size=16)
     result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
     assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
-    with pytest.raises(ValueError, match="--image-size 0: imagefolder cuts all pictures to one side"):
+    with pytest.raises(ValueError, match="--image-size 0: imagefolder cuts pictures to one side"):
         opened("imagefolder", tmp_path)
     (tmp_path / "val/c1").rename(tmp_path / "val/c2")
     with pytest.raises(ValueError, match="have other classes"):
         opened("imagefolder", tmp_path, image_size=16)
+
+
+def test_pets_have_maps_and_breeds(fetched_sets):
+    first, test = opened("pets", fetched_sets, image_size=16)
+    assert first.classes == ("background", "pet") and first.labels == test.labels == ("Abyssinian", "Great Pyrenees")
+    item = first.only("mask", "depth")[0]
+    assert item["mask"][0].unique().tolist() == [255] and item["mask"][8].tolist() == 8 * [1] + 16 * [0]  # border; pet, background
+    item = first.only("label")[1]
+    assert item.keys() == {"image", "label"} and item["image"].shape == (3, 16, 16) and item["label"] == 1
+    p = replace(PROTOCOLS["pets"], image_size=16, crop=16, iterations=100, batch_size=8)
+    result = eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), p)[0]
+    assert result["miou"] > 60 and result["linear"] == result["knn"] == 100 and result["iou"].keys() == {"background", "pet"}
+
+
+@pytest.mark.parametrize("data, labels", [("imagenette", ("tench", "English springer")), ("cifar10", ("dark", "bright"))])
+def test_sets_of_labelled_pictures(fetched_sets, data, labels):
+    first, test = opened(data, fetched_sets, image_size=16)
+    assert first.labels == test.labels == labels and first[0]["image"].shape == (3, 16, 16)
+    result = eval_dense.evaluate(Oracle(), data, str(fetched_sets), replace(PROTOCOLS[data], image_size=16))[0]
+    assert result["linear"] == result["knn"] == 100 and "miou" not in result
+
+
+@pytest.mark.parametrize("data, module", [("voc", "voc"), ("pets", "oxford_iiit_pet"), ("imagenette", "imagenette"), ("cifar10", "cifar")])
+def test_download_reaches_torchvision(fetched_sets, tmp_path, monkeypatch, data, module):
+    there, empty, urls = fetched_sets, tmp_path / "empty", []
+    with pytest.raises(ValueError, match=f"not there, or not whole; --data {data} wants.*; --download fetches it, .* GB$"):
+        eval_dense.open_split(data, str(empty), "train")
+
+    def fetch(url, *_, **__):  # torchvision's way to the net
+        urls.append(url)
+        shutil.copytree(there, empty, dirs_exist_ok=True)
+
+    monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fetch)
+    for split in ("train", "val", "train"):
+        assert len(eval_dense.open_split(data, str(empty), split, download=True)) > 1
+    assert len(urls) == (2 if data == "pets" else 1)  # once: pictures and annotations of pets are apart
+
+
+def test_a_set_of_cifar_that_is_not_as_published_is_not_opened(fetched_sets):
+    file = fetched_sets / "cifar-10-batches-py/data_batch_1"
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(ValueError, match="not whole; --data cifar10 wants"):
+        eval_dense.open_split("cifar10", str(fetched_sets), "train")
 
 
 def test_pairs_and_random_crops(tmp_path):

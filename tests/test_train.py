@@ -17,7 +17,7 @@ import torchvision
 
 import clsspec
 import train
-from conftest import QUICK
+from conftest import QUICK, save_map
 
 
 # --- losses ------------------------------------------------------------------------------------------
@@ -336,6 +336,32 @@ def test_cls_lr_is_of_the_copies_alone():
     for name, lr in rate.items():
         assert lr == pytest.approx(0.3 if ".cls." in name else 0.05 if "patch_embed" in name else 0.1), name
     assert "backbone.cls_token" in rate and "cls_head.last" in rate  # which are no copies
+
+
+@pytest.mark.parametrize("data, name", [("pets", "Abyssinian"), ("cifar10", "dark"), ("voc", "")])
+def test_sets_by_name(fetched_sets, data, name, tmp_path, capsys):
+    flags = [f for f in QUICK if f != "--no-probe"]
+    train.main([*flags, "--data", data, "--root", str(fetched_sets), "--out", str(tmp_path / "run"), "--workers", "0", "--probe" if name else "--no-probe"])
+    said = capsys.readouterr().out
+    assert (tmp_path / "run/last.pt").exists() and ("k-NN by [CLS]: every tenth of" in said) == bool(name)
+    folder = train.Folder(data, 32, str(fetched_sets))
+    assert next(iter(folder.classes)) == name and folder[1][0].shape == (3, 32, 32) and len(folder.classes) == (2 if name else 1)
+    with pytest.raises(SystemExit, match=f"--data {data} wants in --root nowhere: .*--download fetches it"):
+        train.main([*QUICK, "--data", data, "--root", "nowhere", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_download_is_refused_where_nothing_is_fetched(tmp_path):
+    with pytest.raises(SystemExit, match="--data scenes cannot be fetched, only voc, pets, imagenette, cifar10"):
+        train.main([*QUICK, "--download", "--out", str(tmp_path / "run")])
+
+
+def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):
+    save_map(tmp_path / "photo.jpg", torch.arange(256).expand(32, 256), "RGB")
+    train.main([*QUICK, "--data", str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "run"), "--workers", "0"])
+    assert "note: 1 picture(s) are less than a batch of 4; some are in it several times" in capsys.readouterr().out
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
 def test_head_lr_is_of_the_heads_alone():

@@ -84,7 +84,8 @@ import clsspec
 import eval_dense
 import scenes
 from clsspec import Config, ViT, need
-from eval_dense import LOWER, METRICS, one_line, read_json, read_picture, strict, within
+from eval_dense import (LOWER, METRICS, forward_gib, need_memory, one_line, read_json, read_picture,
+                        scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps",
         "cost")
@@ -884,6 +885,15 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
     return img, torch.stack(masks) if masks else None
 
 
+def survey_gib(config: clsspec.Config, args, size: int) -> float:
+    """About what a survey holds, GiB: pictures, attention of a batch, features of all blocks."""
+    patches = (size // config.patch) ** 2
+    kept = config.depth * patches * config.width * 2  # bytes, in half precision
+    many = scenes_gib(args.pictures, size) if args.data == "scenes" else 0
+    return many + args.pictures * (3 * size**2 + kept) / 2**30 + forward_gib(
+        config, min(args.pictures, 8), size, size, attention=True)
+
+
 def subjects_of(args) -> list[Subject]:
     """The models, each with its pictures. ValueError: one twice, or no size for its patches."""
     files = [clsspec.weights_file(name) for name in args.models]
@@ -904,6 +914,8 @@ def subjects_of(args) -> list[Subject]:
         need((args.block or 1) <= model.config.depth, f"--block {args.block}: {name} has "
              f"{model.config.depth} blocks")
         grid = size // patch, size // patch
+        need_memory(survey_gib(model.config, args, size), args.device, f"{args.pictures} pictures "
+                    f"of {size} px", "lower --pictures or --image-size")
         out.append(Subject(name, eval_dense.home(file), model, *pictures(args, size), grid, args))
     return out
 

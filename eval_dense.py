@@ -231,6 +231,34 @@ def record(file: Path, key: str, result: dict) -> None:
     write(file, json.dumps(read_json(file) | {key: strict(result)}, indent=1, allow_nan=False))
 
 
+def machine_gib(device: str) -> float:
+    """The memory of the GPU, or of the machine, GiB; inf where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return math.inf
+
+
+def need_memory(gib: float, device, what: str, advice: str) -> None:
+    """ValueError where the machine has not got so much; before hours, or the whole machine, are
+    lost to it. gib: an estimate of what must be held at once."""
+    there = machine_gib(torch.device(device).type)
+    need(gib <= there, f"{what} would take about {gib:,.0f} GiB, and there are {there:.0f}; "
+         f"{advice}")
+
+
+def forward_gib(config: clsspec.Config, b: int, h: int, w: int, attention: bool = False) -> float:
+    """About what a forward pass of b pictures holds, without gradients, GiB. attention: its weights
+    are held, as entmax-1.5 does; softmax comes without."""
+    tokens = (h // config.patch) * (w // config.patch)
+    numbers = 4 * h * w + tokens * config.width * (6 + config.mlp_ratio)
+    if attention or config.attn == "entmax15":
+        numbers += 3 * config.heads * tokens**2
+    return 4 * b * numbers / 2**30
+
+
 class Stopped(BaseException):  # no `except Exception` on the way may swallow it
     """A signal asks this process to leave. at_once: it is the second one, so nothing is finished
     first. text: what is kept, for the message."""
@@ -685,6 +713,11 @@ def open_split(data: str, root: str, split: str, **options) -> Pictures:
     return found
 
 
+def scenes_gib(n: int, size: int) -> float:
+    """About what rendering n Scenes and keeping them takes, GiB."""
+    return size**2 * (8 * n + 500) / 2**30  # bytes: picture, mask and depth; what makes one
+
+
 @lru_cache(maxsize=4)
 def rendered(split: str, size: int, n: int, device: torch.device) -> Pictures:
     """The first n Scenes of a split; made once in a process."""
@@ -759,6 +792,8 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device,
     if data == "scenes":
         need(p.split != "probe", "--split probe: heads are trained on it; give test, val or train")
         size = whole_patches(p.image_size, patch) or 8 * patch
+        need_memory(scenes_gib(p.train + p.test, size), device, f"{p.train + p.test:,} Scenes of "
+                    f"{size} px", "lower --train, --test or --image-size")
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     options = {"pairs": dict(unit=p.unit, max_depth=p.max_depth)}.get(data, {})
     options |= {"download": download} if data in FETCHED else {}
@@ -1169,6 +1204,10 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     seen = maps if dense else train.only("label")
     first = seen.memory["image"][0] if seen.memory else seen[0]["image"]
     h, w = first.shape[-2:]
+    b, side = (max(p.batch_size, 50), p.crop) if dense else (50, 0)
+    need_memory(forward_gib(model.config, b, side or h, side or w), train.device,
+                f"a batch of {b} pictures of {side or h} x {side or w} px",
+                "lower --image-size, --crop or --batch-size")
     bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
     fits = len(train) * bytes_each <= cache_gib * 2**30
     once = bool(dense) and fits and not p.crop

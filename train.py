@@ -61,7 +61,7 @@ from tqdm import tqdm
 import clsspec
 import eval_dense
 from clsspec import need, normalise
-from eval_dense import Stopped, bar, one_line, patient, signals, within
+from eval_dense import Stopped, bar, need_memory, one_line, patient, signals, within
 from scenes import Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -1081,16 +1081,6 @@ def memory_gib(args, network: Network) -> dict[str, float]:
         "pictures": 3 * args.source_size**2 * (scenes + 5 * args.batch_size) / 2**30}
 
 
-def machine_gib(cuda: bool) -> float:
-    """The memory of the GPU, or of the machine, GiB; inf where the system does not say."""
-    if cuda:
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return math.inf
-
-
 def describe(args, network: Network, ranks: int) -> None:
     """What a run would do, without doing it: --dry-run."""
     cfg, batch = network.backbone.config, args.batch_size * ranks
@@ -1193,11 +1183,10 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
          "--batch-size 2 or more, or --koleo 0")
     if args.dry_run:
         return
-    memory, there = memory_gib(args, shape), machine_gib(args.device == "cuda")
+    memory = memory_gib(args, shape)
     largest = max(memory, key=memory.get)
-    need(sum(memory.values()) <= there, f"this would take about {sum(memory.values()):,.0f} GiB, "
-         f"of which {largest} {memory[largest]:,.0f}, and there are {there:.0f}; --dry-run shows "
-         "all of it")
+    need_memory(sum(memory.values()), args.device, "this", f"{largest} are {memory[largest]:,.0f} "
+                "of it; --dry-run shows all")
     if args.bench:
         return
     n, batch = args.pictures, args.batch_size * ranks

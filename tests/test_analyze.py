@@ -15,6 +15,7 @@ from PIL import Image
 
 import analyze
 import clsspec
+import eval_dense
 import train
 from analyze import POINTS, Step, survey, walk
 from conftest import QUICK
@@ -461,6 +462,23 @@ def test_what_is_the_same_everywhere_is_not_drawn():
     assert [(i, j) for i, j, *_ in analyze.curves(["a", "b"], {"m": flat, "n": line})] == [(0, 0), (1, 0), (1, 1)]
     found = {"miou": {"steps": [5, 10], "values": [1.0, 2.0]}}
     assert analyze.curves(["miou"], {"m": found}) == [(0, 0, [5, 10], [1.0, 2.0])]
+
+
+@pytest.mark.parametrize("flags", [["--image-size", "1024"], ["--pictures", "10000", "--image-size", "256"]])
+def test_what_the_machine_has_no_memory_for_is_not_begun(trained, monkeypatch, flags):
+    monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 4.0)
+    monkeypatch.setattr(analyze, "pictures", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(SystemExit, match="[0-9]+ pictures of [0-9]+ px would take about [0-9]+ GiB, and there are 4; lower --pictures or --image-size"):
+        analyze.main([str(trained / "plain"), *flags])
+
+
+def test_named_sets(trained, fetched_sets, capsys):
+    for data, maps in (("pets", True), ("cifar10", False)):
+        flags = [str(trained / "plain"), "--data", data, "--root", str(fetched_sets), "--pictures", "2"]
+        img, mask = analyze.pictures(analyze.parse(flags), 16)
+        assert img.shape == (2, 3, 16, 16) and (mask is not None) == maps
+        analyze.main([*flags, "--what", "cosines"])
+        assert f"cosines {data} sets" in json.loads((trained / "plain/analysis.json").read_text())
 
 
 def test_what_is_of_a_run_is_in_its_folder(trained):

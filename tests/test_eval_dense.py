@@ -185,7 +185,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, knows=True):
         super().__init__()
-        self.config, self.knows = types.SimpleNamespace(patch=8, width=5, depth=1), knows
+        self.config, self.knows = types.SimpleNamespace(patch=8, width=5, depth=1, heads=1, mlp_ratio=4.0, attn="softmax"), knows
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.draw = torch.Generator().manual_seed(0)
 
@@ -390,6 +390,20 @@ def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     with pytest.raises(SystemExit, match=words) as caught:
         eval_dense.main([str(runs / "a") if f == "RUN" else f for f in flags])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--train", "1000000"], "1,001,000 Scenes of 64 px would take about .* GiB, and there are 8; lower --train, --test or --image-size"),
+    (["--image-size", "16384", "--train", "2", "--test", "2"], "4 Scenes of 16384 px would"),
+    (["--batch-size", "65536", "--layers", "12"], "a batch of 65536 pictures of 64 x 64 px would take .* lower --image-size, --crop or --batch-size")])
+def test_what_the_machine_has_no_memory_for_is_not_begun(runs, monkeypatch, flags, words):
+    small = Scenes("probe", 64)(torch.arange(2))
+    split = eval_dense.Pictures(memory=small, classes=Scenes.classes, labels=Scenes.labels)
+    monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 8.0)
+    monkeypatch.setattr(eval_dense, "rendered", lambda *_: split)  # so that a miss shows at once
+    monkeypatch.setattr(eval_dense, "features", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(SystemExit, match=words):
+        eval_dense.main([str(runs / "a"), *flags])
 
 
 def test_nothing_is_judged_where_nothing_can_be_written(runs, monkeypatch, capsys):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 
 import clsspec
+import eval_dense
 import train
 from conftest import QUICK, save_map
 
@@ -336,6 +337,16 @@ def test_cls_lr_is_of_the_copies_alone():
     for name, lr in rate.items():
         assert lr == pytest.approx(0.3 if ".cls." in name else 0.05 if "patch_embed" in name else 0.1), name
     assert "backbone.cls_token" in rate and "cls_head.last" in rate  # which are no copies
+
+
+@pytest.mark.parametrize("flags, largest", [
+    (["--hidden", "131072", "--head-layers", "3", "--no-separate-head"], "weights and optimiser"), (["--prototypes", "16777216", "--bottleneck", "1", "--no-separate-head"], "logits"),
+    (["--batch-size", "16384", "--pictures", "16384"], "activations"), (["--pictures", "9000000"], "pictures")])
+def test_what_the_machine_has_no_memory_for_is_not_begun(flags, largest, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 8.0)
+    monkeypatch.setattr(train, "RunFolder", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(SystemExit, match=f"^error: this would take about [0-9]+ GiB, and there are 8; {largest} are [0-9]+ of it; --dry-run"):
+        train.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("data, name", [("pets", "Abyssinian"), ("cifar10", "dark"), ("voc", "")])

@@ -754,9 +754,9 @@ def test_every_number_has_a_range(flag, capsys):
         assert caught.value.code == 2 and line.count("\n") == 1 and line.startswith(f"error: argument --{flag}"), (value, line)
 
 
-def leave(number, *flags, wait=b"training heads", cwd):
-    """Judge as a user does, in a session of its own, send its processes a signal; what it said, its code and the seconds that took."""
-    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), *map(str, flags)], stdout=subprocess.DEVNULL,
+def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
+    """Start a script as a user does, in a session of its own, send its processes a signal; what it said, its code and the seconds that took."""
+    job = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL,
                            stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     said = b""
     while wait not in said:
@@ -777,6 +777,17 @@ def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, numbe
     assert code == 128 + number and "Traceback" not in said and seconds < 20
     assert said.splitlines()[-1].strip().endswith(f"stopped by {number.name}; what was finished is kept")
     assert (tmp_path / "a/eval.json").read_text() == "{}" and not list((tmp_path / "a").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_analyze_leaves_in_one_line_too(tmp_path, runs, number):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    (tmp_path / "a/analysis.json").write_text("{}")
+    flags = [tmp_path / "a", "--what", "cosines", "--pictures", 5000]
+    said, code, seconds = leave(number, *flags, wait=b"walking", cwd=tmp_path, script="analyze.py")
+    assert code == 128 + number and "Traceback" not in said and seconds < 20
+    assert said.splitlines()[-1].strip().endswith(f"stopped by {number.name}; what was finished is kept")
+    assert (tmp_path / "a/analysis.json").read_text() == "{}" and not list((tmp_path / "a").glob("*.tmp"))
 
 
 def test_a_reader_that_has_seen_enough_loses_no_result(tmp_path, runs):

@@ -491,8 +491,8 @@ def test_precision_is_what_pays_here(tmp_path, monkeypatch, capsys, able, width,
 ROOT = Path(__file__).parent.parent
 
 
-def script(*flags, ranks=1, code=0, **more):
-    """Run train.py as a user does; returns what it printed. Several ranks: as torchrun starts them."""
+def start(*flags, ranks=1, **more) -> list:
+    """train.py's processes, as a user starts them; several ranks: as torchrun does."""
     port = str(20000 + os.getpid() % 20000)
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     jobs = []
@@ -501,6 +501,12 @@ def script(*flags, ranks=1, code=0, **more):
                 "MASTER_PORT": port} if ranks > 1 else {}
         jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], env=env | dist,
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more))
+    return jobs
+
+
+def script(*flags, ranks=1, code=0, **more):
+    """Run train.py as a user does; returns what it printed."""
+    jobs = start(*flags, ranks=ranks, **more)
     outputs = [job.communicate(timeout=170)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [code] * ranks, "\n".join(outputs)
     return outputs[0]
@@ -958,6 +964,21 @@ def test_killed_runs_leave_a_checkpoint_that_loads(tmp_path, number):
     if number != signal.SIGKILL:
         assert f"stopped by {number.name}; step {step} is saved, go on with --resume" in said
         assert "Traceback" not in said and logged(tmp_path / "a")[-1]["step"] == step
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_death_of_a_rank_ends_the_others_in_one_line(tmp_path, dead):
+    """As a scheduler's or the system's SIGKILL for want of memory."""
+    jobs = start(*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a", ranks=2)
+    end = time.time() + 120
+    while not (tmp_path / "a/last.pt").exists() and time.time() < end:
+        time.sleep(0.05)
+    jobs[dead].kill()
+    said = jobs[1 - dead].communicate(timeout=60)[0]
+    jobs[dead].communicate()
+    assert jobs[1 - dead].returncode == 1 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("error: another process of this run has ended; its own message says why"), said
+    assert torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] >= 1
 
 
 def test_dry_run_shows_the_papers_set_up_and_leaves_nothing(tmp_path):

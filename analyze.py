@@ -84,8 +84,8 @@ import clsspec
 import eval_dense
 import scenes
 from clsspec import Config, ViT, need
-from eval_dense import (LOWER, METRICS, forward_gib, need_memory, one_line, read_json, read_picture,
-                        scenes_gib, strict, within)
+from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_line, read_json,
+                        read_log, read_picture, scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps",
         "cost")
@@ -347,13 +347,16 @@ def probes(s: Subject) -> list[float]:
     depth = s.model.config.depth
     out = [math.nan] * depth
     usual = eval_dense.title(s.args.network, s.args.data, s.args.root)
-    for name, result in read_json(s.home / "eval.json").items():
+    file = s.home / "eval.json"
+    for name, result in read_json(file).items():
         words = [w for w in name.split(" ") if not w.startswith(("tasks=", "layers=", "layer="))]
-        if " ".join(words) == usual and "miou" in result:
-            protocol = result["protocol"]  # older results have `layer`, a number or None
+        if " ".join(words) != usual:
+            continue
+        with intact(file):
+            protocol = result.get("protocol", {})  # older ones have `layer`, a number or None
             layers = protocol.get("layers") or [protocol.get("layer") or depth]
-            if len(layers) == 1:
-                out[layers[0] - 1] = result["miou"]
+            if len(layers) == 1 and result.get("miou") is not None:
+                out[layers[0] - 1] = float(result["miou"])
     return out
 
 
@@ -386,13 +389,10 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
     log = s.home / "log.jsonl"
     if not log.exists():
         raise ValueError("only runs of train.py have a log, public weights have none")
-    try:
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-    except ValueError as err:
-        raise ValueError(f"{log} is damaged ({err})") from None
-    out = {}
+    lines, out = read_log(log), {}
     for name in METRICS:
-        found = {line["step"]: line[name] for line in lines if name in line}
+        with intact(log):
+            found = {line["step"]: float(line[name]) for line in lines if name in line}
         if found:
             best_step = (min if name in LOWER else max)(found, key=found.get)
             best, last = found[best_step], [*found.values()][-1]
@@ -628,21 +628,25 @@ def interval(a: Tensor, b: Tensor) -> dict:
 def numbers_of(run: Path) -> dict[str, dict[str, float]]:
     """{result: {metric: number}} of a run: its eval.json, and means over blocks of what is in its
     analysis.json."""
-    out = {name: {k: result[k] for k in METRICS if k in result}
-           for name, result in read_json(run / "eval.json").items()}
-    for name, found in read_json(run / "analysis.json").items():
-        models = found.get("models", {})  # others may be beside it
-        own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
-        flat = {}
-        for key in BLOCKS.get(name.split()[0], ()):
-            # In CaiT the first blocks have no [CLS], so the mean is over those that have one.
-            known = [level(v) for v in own.get(key, ()) if not math.isnan(level(v))]
-            if known:
-                flat[key] = sum(known) / len(known)
-        if flat:
-            n = max(found["made"]["pictures"].values())
-            out[f"{name}, mean over blocks of {n} pictures"] = flat
-    return out
+    judged, analysed = run / "eval.json", run / "analysis.json"
+    with intact(judged):  # None is a metric that was not a number
+        out = {name: {k: float(result[k]) for k in METRICS if result.get(k) is not None}
+               for name, result in read_json(judged).items()}
+    with intact(analysed):
+        for name, found in read_json(analysed).items():
+            models = found.get("models", {})  # others may be beside it
+            own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
+            flat = {}
+            for key in BLOCKS.get(name.partition(" ")[0], ()):
+                # In CaiT the first blocks have no [CLS], so the mean is over those that have one.
+                known = [level(v) for v in own.get(key, ()) if not math.isnan(level(v))]
+                if known:
+                    flat[key] = sum(known) / len(known)
+            if flat:
+                n = max(found["made"]["pictures"].values())
+                out[f"{name}, mean over blocks of {n} pictures"] = flat
+    return {name: {k: v for k, v in found.items() if math.isfinite(v)}
+            for name, found in out.items()}
 
 
 def runs_of(pattern: str) -> dict[int, tuple[dict, dict]]:
@@ -650,8 +654,8 @@ def runs_of(pattern: str) -> dict[int, tuple[dict, dict]]:
     runs = {}
     for folder in filter(Path.is_dir, map(Path, sorted(glob.glob(pattern)))):
         config = read_json(folder / "config.json")
-        seed = config.get("args", {}).get("seed")
-        if seed is None:
+        seed = config["args"].get("seed") if isinstance(config.get("args"), dict) else None
+        if not isinstance(seed, int):
             raise ValueError(f"{folder}/config.json names no seed: not a run of train.py")
         if seed in runs:
             raise ValueError(f"{pattern!r} has two runs of seed {seed}; a pair needs one each")
@@ -665,6 +669,9 @@ def compare(a: str, b: str) -> dict[str, dict]:
     pair differs. ValueError: no pairs, nothing shared."""
     first, second = runs_of(a), runs_of(b)
     seeds = sorted(first.keys() & second.keys())
+    for pattern, found in ((a, first), (b, second)):
+        need(found, f"--compare: no run folder matches {pattern!r}")
+    need(a != b, f"--compare: {a!r} twice; name two groups of runs")
     if not seeds:
         raise ValueError(f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} "
                          f"{sorted(second)}; quote the patterns, train both with equal --seed")
@@ -901,7 +908,8 @@ def subjects_of(args) -> list[Subject]:
     if len(set(names)) < len(names):  # seeds in folders of their own: a/run, b/run
         names = ["/".join(file.parts[-3:]).removesuffix("/last.pt") for file in files]
     if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(args.models)}: the same model twice; name each once")
+        raise ValueError(f"{', '.join(args.models)}: two models of one name; name each once, or rename a "
+                         "folder")
     out = []
     for name, file in zip(names, files):
         model = clsspec.load(file, args.network).to(args.device)
@@ -1011,7 +1019,8 @@ def run_compare(args) -> Path:
     a, b = args.compare
     found = compare(a, b)
     comparison_table(a, b, found)
-    folders = [os.path.dirname(run) for pattern in (a, b) for run in glob.glob(pattern)]
+    folders = [os.path.dirname(os.path.abspath(run)) for pattern in (a, b)
+               for run in glob.glob(pattern)]
     out = Path(args.out or os.path.commonpath(folders) or ".")
     write(f"compare {a} {b}", {}, found, out)
     return out

@@ -612,7 +612,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A .safetensors file: 8 bytes with the length of a JSON text, {name: type, shape, from and to
     which byte of the rest}; then the bytes. ValueError: it is none, or a part is missing."""
-    data, state = bytearray(path.read_bytes()), {}
+    data, state, spans = bytearray(path.read_bytes()), {}, []
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         need(8 < start <= len(data), "its header ends beyond the file's end")
@@ -621,8 +621,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 continue
             dtype, shape, (low, high) = DTYPES[one["dtype"]], one["shape"], one["data_offsets"]
             need(0 <= low < high <= len(data) - start, f"{name} lies beyond the file's end")
+            spans.append((low, high))
             part = memoryview(data)[start + low : start + high]
             state[name] = torch.frombuffer(part, dtype=dtype).view(shape).clone()
+        spans.sort()
+        ends = [0, *(high for _, high in spans)]  # each begins where the one before it ends
+        need([low for low, _ in spans] == ends[:-1] and start + ends[-1] == len(data),
+             "its tensors overlap, or leave bytes over")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
         raise ValueError(f"{path} is cut short, damaged, or no safetensors file of weights "
                          f"({str(err).splitlines()[0][:100]}); copy it again") from None
@@ -633,6 +638,21 @@ def not_finite(state: dict) -> str:
     """The name of the first tensor with a NaN or an infinity; "" if there is none."""
     tensors = ((name, x) for name, x in state.items() if isinstance(x, Tensor))
     return next((name for name, x in tensors if not x.isfinite().all()), "")
+
+
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def check_weights(state: dict, name: str) -> None:
+    """ValueError unless all are tensors of finite numbers: a quantised one, say, would be copied
+    into a network as if its codes were weights."""
+    for key, x in state.items():
+        need(isinstance(x, Tensor), f"{name}: {key} must be a tensor, and is a {type(x).__name__}")
+        plain = x.dtype in FLOATS and x.layout == torch.strided and not x.is_meta
+        need(plain, f"{name}: {key} holds no floating-point numbers ({str(x.dtype)[6:]}, "
+             f"{str(x.layout)[6:]}); save it in fp32")
+    odd = not_finite(state)
+    need(not odd, f"{name}: {odd} is not finite; the file is damaged, or its training diverged")
 
 
 def save(model: ViT, path) -> None:
@@ -649,8 +669,8 @@ def load(path, network: str = "teacher") -> ViT:
     ours = isinstance(state.get("model"), dict) and "width" in state["model"]
     alone = ours and "weights" in state  # of `save`: without a training
     if not ours or alone:
-        need(network != "untrained",
-             f"{path} holds weights alone: nobody knows its untrained network")
+        need(network == "teacher" or isinstance(state.get(network), dict),
+             f"{path} holds weights alone: nobody knows its {network} network; leave out --network")
     if not ours:
         return load_weights(state, network, name=str(path))
     try:
@@ -663,9 +683,8 @@ def load(path, network: str = "teacher") -> ViT:
             weights = {name: value for (_, found, name), value in parts if found}
             weights = state["weights"] if alone else weights
             model = ViT(cfg)
+            check_weights(weights, network)
             model.load_state_dict(weights)
-            odd = not_finite(weights)
-            need(not odd, f"{odd} is not finite: its training diverged")
             at = "" if alone else f"; {network}, step {state.get('step', 'unknown')}"
             model.origin = described(model) + at
             return model.eval()
@@ -754,6 +773,7 @@ def our_names(state: dict, network: str) -> dict[str, Tensor]:
         for theirs, ours in RENAMED[1:]:
             name = re.sub(theirs, ours, name)
         if not name.startswith((*HEADS, other)):
+            need(name not in out, f"two of the file's tensors are {name}; keep one network in it")
             out[name] = value
     for name in [name for name in out if ".attn.q." in name]:  # three layers are one of ours
         names = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -784,10 +804,12 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     need(not missing, f"{name}: no {', '.join(missing)}, so neither a checkpoint of train.py nor a "
          "ViT of DINO, DINOv2 (but those with SwiGLU), DeiT-III, timm or transformers' Dinov2; it "
          f"has {', '.join(sorted(map(str, source))[:3])} ...")
-    odd = [key for key, value in s.items() if not isinstance(value, Tensor)]
-    need(not odd, f"{name}: {', '.join(odd)} must be tensors")
-    odd = not_finite(s)
-    need(not odd, f"{name}: {odd} is not finite; the file is damaged, or its training diverged")
+    check_weights(s, name)
+    dims = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3,
+            "blocks.0.mlp.fc1.weight": 2}
+    odd = [key for key, n in dims.items() if key in s and (s[key].ndim != n or not s[key].numel())]
+    odd += [key for key in s if key.startswith("blocks.") and not key.split(".")[1].isdecimal()]
+    need(not odd, f"{name}: {', '.join(odd)} is of no ViT's shape or name")
 
     width, tokens = s["cls_token"].shape[-1], s["pos_embed"].shape[1]
     known = {w: h for w, _, h, _ in SIZES.values()}

@@ -48,7 +48,6 @@ augmented.
 """
 
 import argparse
-import glob
 import json
 import math
 import os
@@ -58,13 +57,15 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
+if sys.stderr is None:  # closed, as some job systems do
+    sys.stderr = open(os.devnull, "w")
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +142,14 @@ def picture_files(data) -> list[str]:
     at = Path(data)
     need(at.is_dir() or at.is_file(),
          f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
-    if at.is_dir():  # glob passes over hidden files and folders, and follows links
-        below = glob.glob(os.path.join(glob.escape(str(at)), "**", "*"), recursive=True)
-        files = [file for file in sorted(below) if is_picture(file) and os.path.isfile(file)]
+    if at.is_dir():
+        files, been = [], set()
+        for folder, inside, names in os.walk(at, followlinks=True):
+            again = os.path.realpath(folder) in been  # by a link that leads back up, say
+            been.add(os.path.realpath(folder))
+            inside[:] = [] if again else [name for name in inside if not name.startswith(".")]
+            files += [] if again else [os.path.join(folder, name) for name in names]
+        files = [file for file in sorted(files) if is_picture(file) and os.path.isfile(file)]
     elif at.suffix.lower() in KINDS:
         files = [str(at)]
     else:
@@ -207,6 +213,24 @@ def read_json(file: Path) -> dict:
     return found
 
 
+@contextmanager
+def intact(file: Path):
+    """Around what takes a file of ours apart: whatever it holds instead, the message names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
+        raise ValueError(f"{file} is damaged, or not of this project ({type(err).__name__}); move "
+                         "it away") from None
+
+
+def read_log(file: Path) -> list[dict]:
+    """The lines of a log.jsonl; one that a full disk has cut is left out. ValueError: damaged."""
+    with intact(file):
+        lines = file.read_text().splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+        return [line | {"step": int(line["step"])} for line in found]
+
+
 def strict(x, digits: int = 17):
     """The same without nan and inf, which JSON does not know; numbers rounded to so many digits."""
     return json.loads(json.dumps(x), parse_constant=lambda name: None,  # of NaN and Infinity
@@ -221,7 +245,8 @@ def write(file: Path, text: str) -> None:
         beside.write_text(text)
         os.replace(beside, file)
     except OSError as err:
-        beside.unlink(missing_ok=True)  # half a file helps nobody
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)  # half a file helps nobody
         raise ValueError(f"could not write {file}: {err.strerror}; what was there is as it was; "
                          "free some space, or choose a folder that can be written to") from None
 
@@ -317,6 +342,14 @@ FAULTS = {
     "NCCL": "another process of this run has ended, or a GPU failed; its own message says why"}
 
 
+def quiet() -> None:
+    """What stdout has not taken goes nowhere: at its end Python would try, and complain, again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def one_line():
     """Around a command. Whatever the user or the machine did ends in one line and a code that is
@@ -330,29 +363,32 @@ def one_line():
             signal.signal(number, signals.handle)
     try:
         yield
+        sys.stdout.flush()  # here, where what fails is still one line
         return
     except Stopped as stopped:
-        line, code = f"stopped by {stopped}{stopped.text}", 128 + stopped.number
-        traceback.clear_frames(stopped.__traceback__)  # so that nobody needs files any more
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        line, code, cause = f"stopped by {stopped}{stopped.text}", 128 + stopped.number, stopped
+    except BrokenPipeError:  # `| head` has seen enough
+        quiet()
         sys.exit(1)
     except OSError as err:
         at = f": {err.filename}" if err.filename else ""
-        line, code = f"error: {err.strerror or err}{at}", 1
+        line, code, cause = f"error: {err.strerror or err}{at}", 1, err
+        quiet()
     except ValueError as err:  # a worker's traceback comes before its message
         text = str(err).strip().splitlines()[-1].removeprefix("ValueError: ")
-        line, code = f"error: {text}", 1
+        line, code, cause = f"error: {text}", 1, err
     except (RuntimeError, MemoryError) as err:
         text = str(err).strip() or "memory"
         meaning = next((words for part, words in FAULTS.items() if part in text), None)
         if meaning is None:
             raise
-        line, code = f"error: {meaning} ({text.splitlines()[0][:160]})", 1
+        line, code, cause = f"error: {meaning} ({text.splitlines()[0][:160]})", 1, err
     finally:
         signals.came = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+    # So that nobody needs the processes that read files any more: they would be waited for.
+    traceback.clear_frames(cause.__traceback__)
     for shown in list(tqdm._instances):  # or a bar would be drawn again behind the line
         shown.close()
     if code == 1:
@@ -529,6 +565,7 @@ def class_names(file: Path) -> tuple[str, ...]:
             number, name = str(len(found)), line
         ok = number.isdecimal() and int(number) < 255 and int(number) not in found
         need(ok, f"{file}: in {line!r}, {number} must be a number from 0 to 254, each once")
+        need(name not in found.values(), f"{file}: {name!r} is there twice; tell them apart")
         found[int(number)] = name
     return tuple(found.get(i, f"class {i}") for i in range(max(found, default=-1) + 1))
 
@@ -538,8 +575,10 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
     index, 255: ignored) and depth/{train,val}/NAME.png (16-bit, millimetres or --unit, 0 and 65535:
     none); if you like, classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
     folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
-    folders = {kind: folder for kind, folder in folders.items() if folder.is_dir()}
-    if not folders:  # an OSError, to which open_set adds what is wanted
+    there = {kind for kind, folder in folders.items() for part in ("train", "val")
+             if (folder.parent / part).is_dir()}
+    folders = {kind: folder for kind, folder in folders.items() if kind in there}
+    if not folders:  # an OSError, to which open_split adds what is wanted
         raise OSError(f"neither masks/{split} nor depth/{split} is there")
     found = Pictures(same_stems(at / "images" / split, **folders))
     if "depth" in folders:
@@ -550,6 +589,8 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
             largest = max((x[x < FULL].max().item() for x in counts if (x < FULL).any()), default=0)
             need(largest, f"no file in {at / 'depth/train'} has a depth, from 1 to {FULL - 1}")
             found.max_depth = largest * unit
+        need(found.max_depth > 0.01, f"depth up to {found.max_depth:g} m only, and heads begin at "
+             "1 mm; correct --unit or --max-depth")
     if "mask" in folders:
         largest = 0
         for file in (at / "masks/train").glob("[!.]*.png"):
@@ -1225,7 +1266,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
         if "label" not in known:  # Scenes have it all at once
             known = features(model, train.only("label"), p, False, workers)
         tested = features(model, test.only("label"), p, False, workers)
-        x, labels, test_x, classes = known["whole"], known["label"], tested["whole"], len(train.labels)
+        x, labels, test_x = known["whole"], known["label"], tested["whole"]
+        classes = len(train.labels)
         if "cls" in p.tasks:
             guess, chosen["cls"] = linear(x, labels, test_x, classes)
             stats["linear"] = 100.0 * (guess == tested["label"])
@@ -1333,7 +1375,7 @@ def parse(argv) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-OF_PICTURES = {"tasks", "image_size", "layers", "seed"}  # what matters where there are no maps
+OF_PICTURES = {"tasks", "image_size", "layers"}  # what matters where no map is asked for
 
 
 def changes(args) -> dict:
@@ -1343,12 +1385,17 @@ def changes(args) -> dict:
     need(not unknown, f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
     given = {f.name: getattr(args, f.name) for f in fields(p)}  # in the order of the flags
     changed = {k: v for k, v in given.items() if v is not None and v != getattr(p, k)}
-    no_maps = not set(p.tasks) & set(DENSE)
-    idle = {"crop"} if args.data == "scenes" else {"train", "test", "split"}  # numbers of Scenes
-    idle = given.keys() - OF_PICTURES if no_maps else idle
-    idle = idle if args.data == "pairs" else idle | {"unit", "max_depth"}
+    tasks, of_scenes = changed.get("tasks", p.tasks), {"train", "test", "split"}
+    idle = {"crop"} if args.data == "scenes" else of_scenes
+    if not set(tasks) & set(DENSE):
+        idle |= given.keys() - OF_PICTURES - of_scenes
+        need(not args.save_pictures, "--save-pictures draws what seg and depth predict; add one "
+             "of them to --tasks")
+    idle |= set() if args.data == "pairs" and "depth" in tasks else {"unit", "max_depth"}
     wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
-    need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}")
+    need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}"
+         + (f" with --tasks {','.join(tasks)}" if "tasks" in changed else ""))
+    need(args.data != "scenes" or not args.root, "--root: Scenes lie in no folder; give --data")
     return changed
 
 
@@ -1363,19 +1410,24 @@ def run(args) -> None:
         key += f" {name}={value}"
     paths = [clsspec.weights_file(name) for name in args.runs]
     models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
-    for out in map(home, paths):  # before hours of work
+    homes = [home(path) for path in paths]
+    for out in homes:  # before hours of work
+        need(homes.count(out) == 1, f"the results of two of these would go to {out}; rename one")
         read_json(out / "eval.json")
         nearest = next(at for at in (out, *out.parents) if at.exists())
-        need(os.access(nearest, os.W_OK), f"{out} cannot be written to, and results would go there")
+        need(nearest.is_dir() and os.access(nearest, os.W_OK),
+             f"{out} cannot be written to, and results would go there")
     first = size = None
     for name, path, model in zip(args.runs, paths, models):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures,
                                         download=args.download)
-        record(home(path) / "eval.json", key, result)  # kept first, printed second
-        print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}")
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
-        print("  " + "  ".join(numbers))
+        try:
+            record(home(path) / "eval.json", key, result | {"model": model.origin})
+        finally:  # kept first, printed second; and printed if it cannot be kept
+            print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}\n  "
+                  + "  ".join(numbers))
         if args.save_pictures and shots:
             file = home(path) / f"{key.replace(' ', '-')}.png"
             draw(file, shots, tuple(result.get("iou", ())))

@@ -37,6 +37,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -260,6 +261,17 @@ def parse(argv) -> argparse.Namespace:
         value = getattr(args, name.replace("-", "_"))
         if isinstance(default, tuple) and value[0] > value[1]:
             p.error(f"argument --{name}: {value[0]} {value[1]} are the wrong way round")
+    for flag in ("init", "data"):  # as an unset variable of a shell gives it
+        if getattr(args, flag) == "":
+            p.error(f"argument --{flag}: is empty; name something, or leave it out")
+    if args.resume and args.overwrite:
+        p.error("argument --resume: --overwrite starts anew; give one of them")
+    if args.root and args.data not in eval_dense.OPEN:
+        p.error(f"argument --root: is for sets by name, {', '.join(eval_dense.OPEN)}; leave it out")
+    idle = [name for name in ("spec_blocks", "spec_where", "spec_rank", "spec_init", "cls_lr")
+            if getattr(args, name) != p.get_default(name)]
+    if idle and not args.spec and not args.init:
+        p.error(f"argument --{idle[0].replace('_', '-')}: without --spec nothing is specialised")
     if args.bench and args.resume:
         p.error("argument --bench: times steps of noise and keeps nothing; leave out --resume")
     for name in SHAPE if args.init else ():
@@ -268,6 +280,8 @@ def parse(argv) -> argparse.Namespace:
         setattr(args, name, None)  # what a scale would have is not what this network has
     if args.supervised:  # one view a picture, and one loss
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
+    if args.spec and not args.spec.strip(","):
+        p.error("argument --spec: names nothing; leave it out, or give a comma list")
     args.spec = tuple(filter(None, args.spec.split(",")))
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
@@ -324,6 +338,11 @@ class Folder(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def found(self) -> str:
+        """How many files there are, and a checksum of their names in their order."""
+        names = "\n".join(os.path.basename(file) for file in self.files if isinstance(file, str))
+        return f"{len(self)} files ({zlib.crc32(names.encode(errors='replace')):08x})"
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, list[str]]:
         bad = []
@@ -948,22 +967,25 @@ class RunFolder:
         how many unreadable files it has met until then."""
         self.begun, self.saved = True, first or None
         log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if first and log.exists() else []
-        # A full disk may have cut the last one.
-        lines = [line for line in lines if line.endswith("\n") and line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        eval_dense.write(self.path / f"log.jsonl{self.new}", "".join(kept))
+        lines = eval_dense.read_log(log) if first and log.exists() else []
+        kept = [line for line in lines if line["step"] <= first]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        eval_dense.write(self.path / f"log.jsonl{self.new}", text)
         cuda = args.device == "cuda"
         eval_dense.write(self.path / f"config.json{self.new}", json.dumps({
             "command": "python " + " ".join(sys.argv), "args": as_json(args),
             "model": asdict(config), **eval_dense.versions(), "processes": ranks,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
-        return json.loads(kept[-1]).get("skipped", 0) if kept else 0
+        return kept[-1].get("skipped", 0) if kept else 0
 
     def log(self, line: dict) -> None:
-        with open(self.path / f"log.jsonl{self.new}", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path / f"log.jsonl{self.new}", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as err:
+            raise ValueError(f"could not write {self.path / 'log.jsonl'}: {err.strerror}; "
+                             f"{self.kept()}; free some space, then go on with --resume") from None
 
     def save(self, state: dict) -> None:
         """Write last.pt beside, then move it into place: it is whole at any moment, and finite."""
@@ -978,9 +1000,12 @@ class RunFolder:
                 torch.save(state, out)
                 out.flush()
                 os.fsync(out.fileno())
-            if self.new:  # from here on the folder is the new run's
-                for name in ("eval.json", "analysis.json"):
-                    (self.path / name).unlink(missing_ok=True)
+            for name in ("eval", "analysis") if step != self.saved else ():
+                results = self.path / f"{name}.json"
+                if self.new:  # from here on the folder is the new run's
+                    results.unlink(missing_ok=True)
+                elif results.exists():  # they are of the network as it was when this run went on
+                    os.replace(results, self.path / f"{name}.step{self.saved}.json")
             os.replace(beside, file)
         except (OSError, RuntimeError) as err:
             why = getattr(err, "strerror", None) or str(err).splitlines()[0]
@@ -1022,14 +1047,18 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     need(all(isinstance(state.get(key), kind) for key, kind in wanted.items()),
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
     theirs, step = state["args"], state["step"]
-    odd = [f"--{k.replace('_', '-')} {theirs[k]} (now {v})" for k, v in as_json(args).items()
-           if k not in FREE and theirs.get(k, v) != v and not (args.init and k in SHAPE)]
+    now = as_json(args)
+    differ = {name for name in now.keys() - FREE if theirs.get(name, now[name]) != now[name]}
+    differ -= set(SHAPE) if args.init else set()
+    flag = {name: f"--{name.replace('_', '-')}" for name in differ} | {"found": "--data with"}
+    odd = [f"{flag[name]} {theirs[name]} (now {now[name]})" for name in sorted(differ)]
     # Old checkpoints do not say on how many ranks they were made; their folder does.
     config = eval_dense.read_json(args.out / "config.json")
-    alone = theirs.get("batch_size", args.batch_size) * config.get("processes", 1)
-    batch, now = state.get("global_batch", alone), args.batch_size * ranks
-    if batch != now:
-        odd.append(f"a global batch of {batch} pictures (now {now} = --batch-size "
+    with eval_dense.intact(args.out / "config.json"):
+        alone = int(theirs.get("batch_size", args.batch_size) * config.get("processes", 1))
+    batch, here = state.get("global_batch", alone), args.batch_size * ranks
+    if batch != here:
+        odd.append(f"a global batch of {batch} pictures (now {here} = --batch-size "
                    f"{args.batch_size} x {ranks})")
     need(not odd, f"--resume: {path} is of another run: it has {', '.join(odd)}; give its flags, "
          "or another --out")
@@ -1279,8 +1308,10 @@ def run(args, rank: int, ranks: int) -> None:
     need(ranks == 1 or not args.download, "--download: each process would fetch the set; fetch it "
          "with one, as by eval_dense.py, and leave it out here")
     folder = None
-    if not (scenes or args.dry_run or args.bench):
+    if not (scenes or args.bench):
         folder = Folder(args.data, args.source_size, args.root, args.download)
+    # A resumed run must find the same pictures: see `resume`.
+    args.found = folder.found() if folder else None
     args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
@@ -1305,6 +1336,9 @@ def run(args, rank: int, ranks: int) -> None:
     with ExitStack() as leaving:
         out = None
         if main:
+            need(not args.init or clsspec.weights_file(args.init).resolve()
+                 != (args.out / "last.pt").resolve(), f"--init {args.init} is what --out "
+                 f"{args.out} would replace; give another --out")
             out = RunFolder(args)
             leaving.callback(out.leave)
         if ranks > 1:
@@ -1429,8 +1463,11 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
 
 def main(argv=None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with one_line():
+        rank, ranks = (int(os.environ.get(name) or default)
+                       for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        need(0 <= rank < ranks, f"RANK {rank} of WORLD_SIZE {ranks}: left over from torchrun? "
+             "unset both")
         try:
             if ranks > 1 and not args.dry_run:
                 if args.device == "cuda":

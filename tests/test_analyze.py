@@ -528,12 +528,12 @@ def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, 
     torch.save(clsspec.load(trained / "plain" / "last.pt").state_dict(), tmp_path / "dino.pth")
     for i in range(3):
         Image.new("RGB", (40 + i, 50), (i * 80, 9, 9)).save(tmp_path / f"{i}.png")
-    flags = [str(tmp_path / "dino.pth"), "--image-size", "32", "--network", "student", "--out", str(tmp_path)]
+    flags = [str(tmp_path / "dino.pth"), "--image-size", "32", "--out", str(tmp_path)]
     analyze.main(flags + ["--what", "cosines,foreground,degradation,pca", "--data", str(tmp_path)])
     text = capsys.readouterr().out
     assert "cosines: dino" in text and "it wants masks" in text and "public weights have none" in text
     saved = json.loads((tmp_path / "analysis.json").read_text())
-    on = f"student {tmp_path.name} image_size=32"
+    on = f"{tmp_path.name} image_size=32"
     assert saved.keys() == {f"cosines {on}", f"pca {on}"}
     assert Image.open(tmp_path / "pca.png").size == (96 + 3 * 116, 2 * 116 + 4)
     assert saved[f"pca {on}"]["made"]["pictures"] == {"dino": 3}
@@ -543,7 +543,7 @@ def test_analysis_of_public_weights_and_a_folder_of_pictures(trained, tmp_path, 
     for data, n in (("some.txt", 2), ("0.png", 1)):
         analyze.main(flags + ["--what", "norms,", "--data", str(tmp_path / data)])
         saved = json.loads((tmp_path / "analysis.json").read_text())
-        assert saved[f"norms student {data} image_size=32"]["made"]["pictures"] == {"dino": n}
+        assert saved[f"norms {data} image_size=32"]["made"]["pictures"] == {"dino": n}
 
 
 def test_masks_of_a_set_on_disk(trained, tmp_path):
@@ -596,7 +596,7 @@ def test_errors_say_what_to_do(trained, tmp_path):
         analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
     with pytest.raises(SystemExit, match="--block 13: plain has 12 blocks"):
         analyze.main([model, "--what", "pca", "--block", "13"])
-    with pytest.raises(SystemExit, match="the same model twice"):
+    with pytest.raises(SystemExit, match="two models of one name"):
         analyze.main([model, model])
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
@@ -711,6 +711,29 @@ def test_compare_says_what_is_missing(tmp_path):
     (tmp_path / "a-0" / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="a-0/config.json names no seed"):
         analyze.main(both)
+
+
+@pytest.mark.parametrize("file, text", [
+    *[("eval.json", f'{{"teacher scenes": {x}}}') for x in ("5", "null", '{"miou": [1, 2]}', '{"miou": "x"}')],
+    *[("analysis.json", text) for text in ('{"cosines": 5}', '{"cosines": {"models": []}}', '{"cosines": {"models": {"a-0": {"shared": "x"}}}}')],
+    ("config.json", '{"args": []}'), ("config.json", '{"args": {"seed": [1]}}')])
+def test_damaged_files_of_a_run_are_named(tmp_path, file, text):
+    for name in "ab":
+        runs(tmp_path, name, {0: {"miou": 30}})
+    (tmp_path / "a-0" / file).write_text(text)
+    with pytest.raises(SystemExit, match=rf"a-0/{file} (is damaged, or not of this project .*; move it away|names no seed)") as err:
+        analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "\n" not in str(err.value)
+
+
+def test_what_is_no_number_is_not_compared(tmp_path, capsys):
+    for name in "ab":
+        runs(tmp_path, name, {s: {"miou": math.nan, "rmse": None, "knn": 30 + s} for s in (0, 1)})
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "miou" not in (said := capsys.readouterr().out) and "rmse" not in said and "knn" in said
+    for flags, words in ((["a-*", "a-*"], "twice; name two groups"), (["c-*", "a-*"], "no run folder matches '.*c-")):
+        with pytest.raises(SystemExit, match=words):
+            analyze.main(["--compare", *(str(tmp_path / flag) for flag in flags)])
 
 
 def test_compare_knows_what_was_analysed(tmp_path, capsys):

@@ -735,24 +735,54 @@ def test_a_file_of_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["cut in the bytes", "cut in the header", "cut in the length", "text", "foreign type", "list",
-                                  "beyond", "backwards", "negative", "shape", "words", "too long"])
+                                  "beyond", "backwards", "negative", "shape", "words", "too long", "overlap", "more", "hole"])
 def test_a_damaged_file_of_safetensors_is_refused(what, tmp_path):
     file, state = tmp_path / "a.safetensors", {"x": torch.randn(2, 3), "y": torch.randn(4)}
     one = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     headers = {"foreign type": {"x": one | {"dtype": "F8"}}, "list": [1, 2], "beyond": {"x": one | {"data_offsets": [0, 400]}},
                "backwards": {"x": one | {"data_offsets": [24, 0]}}, "negative": {"x": one | {"data_offsets": [-24, 0]}},
-               "shape": {"x": one | {"shape": [2, 4]}}, "words": {"x": one | {"data_offsets": ["a", "b"]}}}
+               "shape": {"x": one | {"shape": [2, 4]}}, "words": {"x": one | {"data_offsets": ["a", "b"]}},
+               "overlap": {"x": one, "y": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}}, "hole": {"y": {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]}}}
     cuts = {"cut in the bytes": 3, "cut in the header": 50, "cut in the length": 10**4}
     write_safetensors(file, state, headers.get(what))
     if what in cuts:
         file.write_bytes(file.read_bytes()[: -cuts[what]] if cuts[what] < 10**4 else file.read_bytes()[:5])
     if what == "text":
         file.write_text("version https://git-lfs.github.com/spec/v1")
+    if what == "more":
+        file.write_bytes(file.read_bytes() + b"junk")
     if what == "too long":
         file.write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match="is cut short, damaged, or no safetensors file") as err:
         clsspec.read(file)
     assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("norm.bias", lambda x: x.to(torch.int8), "norm.bias holds no floating-point numbers .int8"), ("norm.bias", lambda x: x > 0, "holds no floating-point numbers .bool"),
+    ("norm.bias", lambda x: x.to(torch.complex64), "complex64"), ("norm.bias", lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ("norm.bias", lambda x: x.to_sparse(), "sparse_coo"), ("norm.bias", lambda x: x.to("meta"), "holds no floating-point"),
+    ("norm.bias", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"), ("norm.bias", lambda x: [1.0], "must be a tensor, and is a list"),
+    ("cls_token", lambda x: x[0, 0, 0], "cls_token is of no ViT's shape"), ("pos_embed", lambda x: x[0, 0], "pos_embed is of no"),
+    ("pos_embed", lambda x: x[:, :0], "pos_embed is of no"), ("patch_embed.proj.weight", lambda x: x[..., :0], "patch_embed.proj.weight is of no"),
+    ("blocks.0.mlp.fc1.weight", lambda x: x[0, 0], "fc1.weight is of no"), ("blocks.x.foo", None, "blocks.x.foo is of no ViT's shape or name"),
+    ("module.norm.bias", None, "two of the file's tensors are norm.bias; keep one network in it"), ("norm.bias", lambda x: x / 0, "norm.bias is not finite")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_weight_is_refused(key, value, words):
+    state = layouts()["DINOv2"][1]
+    one = state["norm.bias"] + 1
+    state[key] = value(state[key] + 1) if value else one
+    with pytest.raises(ValueError, match=words) as err:
+        clsspec.load_weights(state)
+    assert "\n" not in str(err.value)
+
+
+def test_public_weights_have_no_student(tmp_path):
+    torch.save(layouts()["DINOv2"][1], tmp_path / "w.pth")
+    for network in ("student", "untrained"):
+        with pytest.raises(ValueError, match=f"holds weights alone: nobody knows its {network} network; leave out --network"):
+            clsspec.load(tmp_path / "w.pth", network)
+    assert clsspec.load(tmp_path / "w.pth").config.depth == 3
 
 
 def test_a_tensor_too_many_or_too_few_is_refused(tmp_path):

@@ -384,7 +384,9 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
     (["RUN", "--train", "1"], "one training picture is too few"), (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
     (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
     (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--data", "cifar10", "--crop", "8"], "cifar10 has no use for --crop"),
-    (["RUN", "--download"], "scenes cannot be fetched, only voc, pets, imagenette, cifar10; leave out --download"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
+    (["RUN", "--root", "."], "--root: Scenes lie in no folder"), (["RUN", "--tasks", "knn", "--flip"], "scenes has no use for --flip with --tasks knn"),
+    (["RUN", "--tasks", "knn", "--save-pictures", "1"], "--save-pictures draws what seg and depth predict"), (["RUN", "RUN"], "results of two of these would go to .*a; rename one"),
+    (["RUN", "--data", "pairs", "--tasks", "seg", "--unit", "2"], "pairs has no use for --unit with --tasks seg"), (["RUN", "--download"], "scenes cannot be fetched, only voc, pets, imagenette, cifar10; leave out --download"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
 def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=words) as caught:
@@ -464,7 +466,7 @@ def test_a_damaged_eval_json_is_named_and_kept(runs, capsys):
     file = runs / "b/eval.json"
     file.write_text("{")
     with pytest.raises(SystemExit, match="eval.json is damaged"):  # before the work
-        eval_dense.main([str(runs / "b"), *FEW, "--tasks", "knn"])
+        eval_dense.main([str(runs / "b"), *FEW[:4], "--tasks", "knn"])
     assert not capsys.readouterr().out and file.read_text() == "{"
     file.unlink()
 
@@ -484,8 +486,8 @@ def test_tasks_that_a_set_cannot_do(tmp_path):
     assert "rmse" in result and "miou" not in result
     at = tree(tmp_path / "u")
     (at / "depth/val").rename(at / "depth/test")
-    result = eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=5))[0]
-    assert "rmse" not in result and "miou" in result
+    with pytest.raises(ValueError, match="8 of 24 files are missing, as .*depth/val/0.png"):  # half of it is no mistake to pass over
+        eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=5))
 
 
 def opened(data, at, **how):
@@ -790,9 +792,80 @@ def test_analyze_leaves_in_one_line_too(tmp_path, runs, number):
     assert (tmp_path / "a/analysis.json").read_text() == "{}" and not list((tmp_path / "a").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("data", ["pairs", "imagefolder"])
+def test_a_bad_picture_in_a_process_that_reads_ends_it_at_once(tmp_path, runs, data):
+    """The processes that read files are not waited for."""
+    shutil.copytree(runs / "a", tmp_path / "a")
+    flags = []
+    if data == "pairs":
+        save_map(tree(tmp_path / "t") / "images/train/3.png", 7, "RGB", (16, 16))
+    else:
+        for i in range(120):
+            save_map(tmp_path / f"t/{('train', 'val')[i % 2]}/c{i // 2 % 2}/{i}.jpg", 7, "RGB")
+        (tmp_path / "t/train/c0/4.jpg").write_text("no picture")
+        flags = ["--image-size", 16]
+    start = time.time()
+    done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), "--data", data, "--root", str(tmp_path / "t"), "--workers", "2", *map(str, flags)],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1 and time.time() - start < 25 and "Traceback" not in done.stderr and "Alarm" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this system")
+def test_a_full_stdout_is_one_line(tmp_path, runs):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "error: No space left on device" in done.stderr and (tmp_path / "a/eval.json").exists()
+
+
+def test_numbers_that_cannot_be_kept_are_printed(runs, monkeypatch, capsys):
+    def full(*_):
+        raise ValueError("could not write eval.json: No space left on device")
+
+    monkeypatch.setattr(eval_dense, "record", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        eval_dense.main([str(runs / "a"), *FEW[:4], "--tasks", "knn"])
+    assert re.search(r"knn \d+\.\d\d %", capsys.readouterr().out)
+
+
+def test_a_folder_with_a_link_to_itself_is_read_once(tmp_path):
+    for name in ("a.jpg", "b/c.jpg", ".hidden/d.jpg"):
+        save_map(tmp_path / "set" / name, 7, "RGB")
+    for name in ("loop", "b/up", "b/again"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set/far").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    save_map(tmp_path / "elsewhere/e.jpg", 7, "RGB")
+    found = [os.path.relpath(file, tmp_path / "set") for file in eval_dense.picture_files(tmp_path / "set")]
+    assert found == ["a.jpg", "b/c.jpg", "far/e.jpg"]
+
+
+def test_pairs_whose_halves_do_not_match_are_refused(tmp_path):
+    at = tree(tmp_path / "a")
+    shutil.rmtree(at / "masks/val")
+    with pytest.raises(ValueError, match="8 of 24 files are missing, as .*masks/val/0.png"):
+        opened("pairs", at)
+    at = tree(tmp_path / "b")
+    with pytest.raises(ValueError, match="depth up to 4e-06 m only, and heads begin at 1 mm; correct --unit or --max-depth"):
+        opened("pairs", at, unit=1e-9)
+    (at / "classes.txt").write_text("wall\nwall\nfloor\ndoor\n")
+    with pytest.raises(ValueError, match="classes.txt: 'wall' is there twice; tell them apart"):
+        opened("pairs", at)
+
+
+@pytest.mark.parametrize("text", ["junk\n", "[]\n", "5\n", "null\n", '{"a": 1}\n', '{"step": "x"}\n', "\udcff\udcfe\n"])
+def test_a_damaged_log_is_named(tmp_path, text):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="log.jsonl is damaged, or not of this project .*; move it away"):
+        eval_dense.read_log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n\n{"step": 2}\n{"st')  # cut by a full disk
+    assert [line["step"] for line in eval_dense.read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
 def test_a_reader_that_has_seen_enough_loses_no_result(tmp_path, runs):
     shutil.copytree(runs / "a", tmp_path / "a")
-    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW, "--tasks", "knn"], stdout=subprocess.PIPE,
+    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     job.stdout.close()
     said = job.communicate(timeout=120)[1].decode()

@@ -367,6 +367,57 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
         train.main([*QUICK, "--download", "--out", str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"), (["--spec", ","], "argument --spec: names nothing"),
+    (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"), (["--root", "x"], "argument --root: is for sets by name"),
+    (["--cls-lr", "3"], "argument --cls-lr: without --spec nothing is specialised"), (["--spec-blocks", "3"], "without --spec nothing is specialised")])
+def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([*QUICK, *flags])
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == 1
+
+
+def test_a_stale_environment_of_torchrun_is_said(monkeypatch, tmp_path):
+    for rank, ranks, words in (("3", "", "RANK 3 of WORLD_SIZE 1"), ("", "0", "RANK 0 of WORLD_SIZE 1|RANK 0 of WORLD_SIZE 0"), ("x", "1", "'x'")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        assert re.search(words, error("--out", tmp_path / "a"))
+
+
+def test_a_resumed_run_sees_the_same_pictures(tmp_path):
+    pictures(tmp_path / "set")
+    flags = ["--data", tmp_path / "set", "--out", tmp_path / "a", "--workers", 0]
+    run(tmp_path / "a", *flags[:2], "--workers", 0)
+    (tmp_path / "set/class0/3.JPEG").unlink()
+    assert re.search(r"it has --data with 12 files .* \(now 11 files", error(*flags, "--resume", "--steps", 6))
+
+
+def test_results_of_the_steps_before_are_moved_aside(tmp_path):
+    run(tmp_path / "a")
+    for name in ("eval", "analysis"):
+        (tmp_path / f"a/{name}.json").write_text('{"teacher scenes": {}}')
+    run(tmp_path / "a", "--resume")  # nothing is left to train
+    assert (tmp_path / "a/eval.json").exists()
+    run(tmp_path / "a", "--resume", "--steps", 6)
+    for name in ("eval", "analysis"):
+        assert not (tmp_path / f"a/{name}.json").exists()
+        assert (tmp_path / f"a/{name}.step4.json").read_text() == '{"teacher scenes": {}}'
+
+
+def test_a_run_does_not_replace_what_it_starts_from(tmp_path):
+    run(tmp_path / "a")
+    assert "is what --out" in error("--init", tmp_path / "a", "--out", tmp_path / "a", "--overwrite")
+    assert torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] == 4
+
+
+def test_a_dry_run_looks_at_its_pictures(tmp_path, capsys):
+    pictures(tmp_path / "set")
+    train.main([*QUICK, "--recipe", "deit3", "--data", str(tmp_path / "set"), "--dry-run"])
+    assert "3 classes" in capsys.readouterr().out
+    assert "neither 'scenes', nor a folder" in error("--data", tmp_path / "none", "--dry-run")
+
+
 def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):
     save_map(tmp_path / "photo.jpg", torch.arange(256).expand(32, 256), "RGB")
     train.main([*QUICK, "--data", str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "run"), "--workers", "0"])
@@ -771,7 +822,7 @@ def listing(folder):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "rel.txt"], "neither 'scenes', nor a folder"), (["--local-size", 17], "no multiple of the patch"),
     (["--registers", 4096, "--batch-size", 4096, "--pictures", 4096], "this would take about"),
-    (["--pictures", 10**9], "pictures 2,861"), (["--ibot", 0, "--koleo", 0, "--centring", "broken"], "")])
+    (["--pictures", 10**9], "pictures are 2,861"), (["--ibot", 0, "--koleo", 0, "--centring", "broken"], "")])
 def test_an_old_run_is_untouched_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, flags, words):
     run(tmp_path / "a", "--steps", 2)
     (tmp_path / "a/eval.json").write_text('{"old": 1}')

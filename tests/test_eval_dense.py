@@ -815,7 +815,8 @@ def test_a_bad_picture_in_a_process_that_reads_ends_it_at_once(tmp_path, runs, d
 def test_a_full_stdout_is_one_line(tmp_path, runs):
     shutil.copytree(runs / "a", tmp_path / "a")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONUNBUFFERED": ""})  # or each print would fail by itself
     assert done.returncode == 1 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "error: No space left on device" in done.stderr and (tmp_path / "a/eval.json").exists()
 

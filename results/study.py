@@ -9,7 +9,8 @@
 
 What is done is skipped. At the time limit, or at Ctrl-C, a run saves its checkpoint and the next
 call goes on with it. Every finished run is a line of ROOT/study.jsonl: command, versions, all
-numbers. A command that fails is written down there too, and tried again only with --retry.
+numbers; a run with a line there, but without a folder, is skipped too, so that the study can go on
+elsewhere: --lines FILE. A command that fails is written down there, and tried again with --retry.
 """
 
 import argparse
@@ -560,9 +561,19 @@ def run(args) -> None:
     end = time.time() + 60 * args.minutes
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each command is ended, then we
         signal.signal(number, lambda *_: STOP.set())
+    lines = read(file) if file.exists() else []
+    elsewhere = {line["run"] for line in lines
+                 if "inside" in line["minutes"] and not (args.root / line["run"]).exists()}
+    wanted = [one for one in wanted if name_of(args.scale, *one) not in elsewhere]
+    writing = threading.Lock()
+
+    def take(one) -> None:
+        work(args, end, *one)
+        with writing:
+            collect(args.root, file)
+
     with ThreadPoolExecutor(args.workers) as pool:  # a thread waits for one process
-        list(pool.map(lambda one: work(args, end, *one), wanted))  # list: raises what one raised
-    collect(args.root, file)
+        list(pool.map(take, wanted))  # list: raises what one raised
     if STOP.is_set():
         sys.exit("stopped: what was trained is saved, and the same command goes on with it")
 

@@ -129,6 +129,16 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert "scenes-norms-101         train, scenes, inside" in capsys.readouterr().out
 
 
+def test_it_goes_on_where_the_folders_of_what_is_done_are_not(small, tmp_path, capsys):
+    lines = small("--arms", "plain")
+    for line in lines:
+        shutil.rmtree(tmp_path / "runs" / line["run"])
+    capsys.readouterr()
+    after = small()
+    printed = capsys.readouterr().out
+    assert "plain" not in printed and printed.count("norms") == 6 and after[:2] == lines and len(after) == 4
+
+
 def test_p_values_and_their_correction():
     for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0), (-2.571, 5, 0.05)):  # of tables
         assert study.p_value(t, freedom) == pytest.approx(p, abs=2e-4)

@@ -979,6 +979,8 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
     for batch in bar(data.batches(drawn(index, p), workers), "training heads", p.iterations):
         x = batch["x"] if "x" in batch else tokens(model, batch["image"], p)[0]  # (B, h, w, D)
         top, left = torch.randint(s, (2,), generator=phase).tolist()
+        need(x.shape[:3].numel() > 1, "a batch of a single patch has no variance, and heads begin "
+             "with BatchNorm; raise --batch-size or --image-size")
         truth = {kind: batch[kind] for kind in ("mask", "depth") if kind in batch}
         h, w = next(iter(truth.values())).shape[1:]
         truth = {kind: v[:, top::s, left::s] for kind, v in truth.items()}
@@ -1411,9 +1413,14 @@ def run(args) -> None:
     paths = [clsspec.weights_file(name) for name in args.runs]
     models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
     homes = [home(path) for path in paths]
+    root = os.path.abspath(args.root) if args.root else ""
     for out in homes:  # before hours of work
         need(homes.count(out) == 1, f"the results of two of these would go to {out}; rename one")
-        read_json(out / "eval.json")
+        file = out / "eval.json"
+        with intact(file):
+            theirs = read_json(file).get(key, {}).get("root", root)
+        need(theirs == root, f"{file} has '{key}' of {theirs}, another folder of that name, "
+             "already; rename one, or move the file away")
         nearest = next(at for at in (out, *out.parents) if at.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"{out} cannot be written to, and results would go there")
@@ -1424,7 +1431,7 @@ def run(args) -> None:
                                         download=args.download)
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
         try:
-            record(home(path) / "eval.json", key, result | {"model": model.origin})
+            record(home(path) / "eval.json", key, result | {"model": model.origin, "root": root})
         finally:  # kept first, printed second; and printed if it cannot be kept
             print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}\n  "
                   + "  ".join(numbers))

@@ -842,6 +842,24 @@ def test_a_folder_with_a_link_to_itself_is_read_once(tmp_path):
     assert found == ["a.jpg", "b/c.jpg", "far/e.jpg"]
 
 
+def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    for place in ("here", "there"):
+        tree(tmp_path / place / "set", kinds=("masks",), train=4, val=2)
+    flags = [str(tmp_path / "a"), "--data", "pairs", "--iterations", "2", "--batch-size", "2", "--workers", "0", "--root"]
+    eval_dense.main([*flags, str(tmp_path / "here/set")])
+    before = (tmp_path / "a/eval.json").read_text()
+    with pytest.raises(SystemExit, match="has 'teacher pairs set .*' of .*here/set, another folder of that name, already; rename one"):
+        eval_dense.main([*flags, str(tmp_path / "there/set")])
+    assert (tmp_path / "a/eval.json").read_text() == before
+    eval_dense.main([*flags, str(tmp_path / "here/../here/set")])  # the same one
+
+
+def test_a_batch_of_a_single_patch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a batch of a single patch has no variance.*raise --batch-size"):
+        eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t", size=(16, 16))), replace(SHORT, batch_size=1, image_size=8))
+
+
 def test_pairs_whose_halves_do_not_match_are_refused(tmp_path):
     at = tree(tmp_path / "a")
     shutil.rmtree(at / "masks/val")

@@ -18,6 +18,7 @@ from conftest import QUICK, ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
 import study  # noqa: E402
+import tables  # noqa: E402
 
 PUBLISHED = ROOT / "results/first-study.jsonl"
 
@@ -141,9 +142,9 @@ def test_it_goes_on_where_the_folders_of_what_is_done_are_not(small, tmp_path, c
 
 def test_p_values_and_their_correction():
     for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0), (-2.571, 5, 0.05)):  # of tables
-        assert study.p_value(t, freedom) == pytest.approx(p, abs=2e-4)
-    assert study.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert study.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0]) and study.holm([]) == []
+        assert tables.p_value(t, freedom) == pytest.approx(p, abs=2e-4)
+    assert tables.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert tables.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0]) and tables.holm([]) == []
 
 
 def test_claims_are_those_of_the_plan_and_corrected_for_their_number(small, monkeypatch, capsys):
@@ -230,7 +231,7 @@ def test_runs_with_other_threads_are_no_pair(small, capsys):
     small.rewrite(lines)
     capsys.readouterr()
     small("--tables")
-    assert "[" not in capsys.readouterr().out.replace(study.EXPLAINED, "").replace("[95 %", "")
+    assert "[" not in capsys.readouterr().out.replace(tables.EXPLAINED, "").replace("[95 %", "")
 
 
 def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsys):
@@ -264,8 +265,8 @@ def test_late_probes_are_compared_with_those_half_way():
         return [{"step": step, "miou": 30 + (step // 500 % 3 - 1) - fall * (step > 4500) + 9 * (step == 4000), "rmse": 1.0, "knn": 2.0}
                 for step in range(500, last + 1, 500)]
 
-    assert study.drift(probes(6000, 4)) == {"miou": -4, "rmse": 0, "knn": 0}
-    assert study.drift(probes(1000, 4)) == {} and study.drift([]) == {}
+    assert tables.drift(probes(6000, 4)) == {"miou": -4, "rmse": 0, "knn": 0}
+    assert tables.drift(probes(1000, 4)) == {} and tables.drift([]) == {}
 
 
 def test_another_house_is_run(small, tmp_path, monkeypatch):

@@ -1,0 +1,270 @@
+"""From lines of study.jsonl to tables and pictures of STUDY.md: `study.py --tables`, `--draw`."""
+
+import math
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+import study  # the plan, which says what is compared with what
+from study import analyze, read
+
+# Comparing runs. A `group` is {arm: {seed: line}} of one scale, one data set and one use of seeds.
+# An outcome is {its name in a table, arrow in the better direction: (name in a line's "results",
+# metric, digits)}.
+
+COSINES = "cosines, mean over blocks"
+OUTCOMES = {
+    "mIoU % ↑": ("teacher scenes", "miou", 2),
+    "RMSE m ↓": ("teacher scenes", "rmse", 3),
+    "linear % ↑": ("teacher scenes", "linear", 2),
+    "k-NN % ↑": ("teacher scenes", "knn", 2),
+    "NYU mIoU % ↑": ("teacher pairs", "miou", 2),
+    "NYU RMSE m ↓": ("teacher pairs", "rmse", 3),
+    "Tiny ImageNet k-NN % ↑": ("teacher imagefolder", "knn", 2),
+    "Tiny ImageNet linear % ↑": ("teacher imagefolder", "linear", 2),
+    "cosine before norm1": (COSINES, "before norm cls_patch", 3),
+    "cosine after norm1": (COSINES, "after norm cls_patch", 3),
+    "shared part": (COSINES, "shared", 3),
+    "neighbour excess": (COSINES, "neighbours", 3),
+    "neighbour excess, centred": (COSINES, "neighbours centred", 3),
+    "online mIoU, late - middle": ("drift", "miou", 2),
+    "online RMSE, late - middle": ("drift", "rmse", 3),
+    "online k-NN, late - middle": ("drift", "knn", 2),
+}
+
+
+def drift(probes: list[dict]) -> dict[str, float]:
+    """{metric: mean of the last sixth of the steps minus that of the sixth in the middle}, of a
+    run's online probes; empty where there are none."""
+    last = max((probe["step"] for probe in probes), default=0)
+    late = [probe for probe in probes if probe["step"] >= last * 5 / 6]
+    middle = [probe for probe in probes if last * 5 / 12 <= probe["step"] <= last * 7 / 12]
+    if not middle or len(probes) < 4:
+        return {}
+    return {metric: mean(probe[metric] for probe in late) - mean(probe[metric] for probe in middle)
+            for metric in ("miou", "rmse", "knn")}
+
+
+def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
+    """{(scale, data, use of its seeds): group} of the runs that are judged and measured."""
+    out = {}
+    for line in lines:
+        if "inside" not in line["minutes"]:
+            continue
+        use = "claims" if line["seed"] >= study.CLAIM[0] else "choosing"
+        group = out.setdefault((line["scale"], line["data"], use), {arm: {} for arm in study.ARMS})
+        line["results"]["drift"] = drift(line["probes"])
+        group.setdefault(line["arm"], {})[line["seed"]] = line
+        # The network at step 0 was judged beside the trained one; here it is an arm of its own.
+        untrained = {result.replace("untrained", "teacher"): found
+                     for result, found in line["results"].items() if "untrained" in result}
+        if untrained:
+            group["untrained"][line["seed"]] = line | {"results": untrained}
+    return out
+
+
+def arm_of(name: str) -> study.Arm:
+    """An arm's row; that of an earlier study's, whose name says enough."""
+    return study.ARMS.get(name) or study.Arm("", name)
+
+
+def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float]:
+    """{seed: number} of an arm."""
+    out = {}
+    for seed, line in sorted(seeds.items()):
+        for key, found in line["results"].items():
+            # After the name may stand a folder, or how many pictures. A "=" is an option that
+            # somebody judged with by hand: another protocol, and so another outcome.
+            if f"{key} ".startswith(f"{result} ") and "=" not in key and metric in found:
+                out.setdefault(seed, found[metric])
+    return out
+
+
+def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
+    """Arm minus control over the seeds of both: analyze.interval, "each" difference, and its "p".
+    None where there are not two pairs."""
+    control = arm_of(arm).control
+    mine = numbers(group[arm], result, metric)
+    theirs = numbers(group.get(control, {}), result, metric)
+    pairs = []
+    for seed in sorted(mine.keys() & theirs.keys()):
+        one, other = group[arm][seed], group[control][seed]
+        # Another version, device or number of threads rounds otherwise: that is no pair.
+        if all(one[key] == other[key] for key in analyze.SETTING):
+            pairs.append((theirs[seed], mine[seed]))
+    if len(pairs) < 2:
+        return None
+    a, b = torch.tensor(pairs).double().T
+    found, each = analyze.interval(a, b), b - a
+    t = each.mean() / (each.std() / len(each) ** 0.5).clamp(min=1e-12)
+    return found | {"each": each.tolist(), "p": p_value(t.item(), len(each) - 1)}
+
+
+def p_value(t: float, freedom: int) -> float:
+    """Of Student's t, two-sided. With t = sqrt(freedom) tan(angle) its density becomes
+    cos(angle)^(freedom - 1), which is flat enough to add up."""
+    whole = torch.linspace(0, math.pi / 2, 100_001).double()
+    tail = torch.linspace(math.atan(abs(t) / freedom**0.5), math.pi / 2, 100_001).double()
+    area = [torch.trapezoid(x.cos() ** (freedom - 1), x).item() for x in (tail, whole)]
+    return area[0] / area[1]
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm's method): the k-th smallest of n times n - k + 1,
+    and never less than the one before."""
+    out, most = [0.0] * len(p), 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        most = max(most, min(p[i] * (len(p) - k), 1.0))
+        out[i] = most
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures.
+
+EXPLAINED = """\
+In a cell: mean ± standard deviation over seeds; below it the mean difference to the control of the
+same seed [95 % interval, Student's t]. ↑ more is better, ↓ less is better."""
+
+
+def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
+    values = numbers(group[arm], result, metric).values()
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    out = f"{mean(values):.{digits}f}{spread}"
+    d = difference(group, arm, result, metric)
+    if d:
+        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+        out += f"<br>{middle} [{low}, {high}]"
+    return out
+
+
+def table(group: dict) -> str:
+    """A table in Markdown: a row an arm, a column an outcome that is there."""
+    arms = [arm for arm in group if group[arm]]
+    heads = [head for head, (result, metric, _) in OUTCOMES.items()
+             if any(numbers(group[arm], result, metric) for arm in arms)]
+    rows = [["arm, control", "seeds", *heads], ["---"] * (2 + len(heads))]
+    for arm in arms:
+        control = arm_of(arm).control
+        against = f"<br>minus {arm_of(control).label}" if control else ""
+        seeds = sorted(group[arm])
+        span = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+        rows.append([arm_of(arm).label + against, f"{span} ({len(seeds)})",
+                     *(cell(group, arm, *OUTCOMES[head]) for head in heads)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def claims(group: dict) -> str:
+    """A line for each claim of the plan that has its runs: difference, interval, p, and p corrected
+    for the number of claims."""
+    arms, outcomes = study.CLAIMS
+    found = []
+    for arm, (head, what) in product(arms, OUTCOMES.items()):
+        d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
+        if d:
+            found.append((arm, head, what[2], d))
+    corrected = holm([d["p"] for *_, d in found])
+    out = []
+    for (arm, head, digits, d), p in zip(found, corrected):
+        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+        out.append(f"| {arm_of(arm).label} | {head} | {d['n']} | {middle} [{low}, {high}] "
+                   f"| {d['p']:.3f} | {p:.3f} |")
+    title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
+    return "\n".join([title + "|", *out]) if out else ""
+
+
+def tables(lines: list[dict]) -> str:
+    """Every outcome that is there, of every scale, data set and use of seeds."""
+    out = [EXPLAINED]
+    for (scale, data, use), group in groups(lines).items():
+        out.append(f"{scale}, trained on {study.DATA[data]}, seeds for {use}")
+        out.append(table(group))
+        if use == "claims" and data == "scenes":
+            out += ["Claims of the plan:", claims(group)]
+    failed = [f"{line['run']} ({stage})" for line in lines for stage in line["failed"]]
+    hours = sum(sum(line["minutes"].values()) for line in lines) / 60
+    out.append(f"{len(lines)} runs, {hours:.1f} hours of a core. Failed runs: "
+               + (", ".join(failed) or "none"))
+    return "\n\n".join(out)
+
+
+SHOWN = "mIoU % ↑", "RMSE m ↓", "linear % ↑", "k-NN % ↑"
+HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
+
+
+def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:
+    """A panel an outcome; in it each arm's difference to its control, of each seed and their mean
+    with its interval: a row an arm, or over the number of steps. arms: {arm: label}."""
+    fig, axes = analyze.canvas(len(SHOWN), len(SHOWN), sharey=not steps)
+    fig.set_size_inches(11, 3.2 if steps else 1.2 + 0.3 * len(arms))
+    for ax, head in zip(axes, SHOWN):
+        for i, arm in enumerate(arms):
+            d = difference(group, arm, *OUTCOMES[head][:2])
+            if not d:
+                continue
+            ends, at = [d["low"], d["high"]], [i, i]
+            points = [(ends, at, "k_-" if steps else "k|-"), ([d["difference"]], [i], "ko"),
+                      (d["each"], [i] * d["n"], "C1.")]
+            for x, y, how in points:
+                ax.plot(*((y, x) if steps else (x, y)), how)
+        ticks = dict(ticks=range(len(arms)), labels=arms.values())
+        if steps:
+            ax.set_xticks(**ticks)
+            ax.set_xlabel("training steps")
+            ax.axhline(0, color="#0072B2", linestyle="--")
+        else:
+            ax.set_yticks(**ticks)
+            ax.set_ylim(len(arms) - 0.5, -0.5)
+            ax.axvline(0, color="#0072B2", linestyle="--")
+        ax.set_title(head.replace("%", "points"), fontsize=9)
+        ax.tick_params(labelsize=8)
+    fig.suptitle("Specialised minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
+                 "interval. Blue: no difference.", fontsize=9)
+    fig.savefig(path, dpi=90)
+
+
+def curves(ax, group: dict, arms, points) -> None:
+    """A thin line a seed, a thick one their mean. points(line): [(x, y)] of a run."""
+    for i, arm in enumerate(arms):
+        found = [points(line) for line in group[arm].values()]
+        for run in found:
+            ax.plot(*zip(*run), **analyze.style(i), linewidth=0.8, alpha=0.4)
+        # zip(*found): the same place of every run; zip(*place): its xs, its ys
+        middle = [[mean(values) for values in zip(*place)] for place in zip(*found)]
+        ax.plot(*zip(*middle), **analyze.style(i), linewidth=2, label=arm_of(arm).label)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
+    """Of the claims on Scenes: study-effects.png; study-steps.png, effects over training steps;
+    study-cosines.png, block by block; study-online.png, probes of long runs."""
+    group = every.get(("nano", "scenes", "claims"))
+    if not group:
+        raise ValueError("no run of nano on Scenes with a seed of the claims is there yet")
+    there = {arm: study.ARMS[arm].label for arm in ("norms", "qkv4", "qkv8", "best") if group[arm]}
+    draw_effects(file.with_name("study-effects.png"), group, there)
+    long = {arm: f"{steps:,}" for steps, arm in HORIZON.items() if group[arm]}
+    if long:
+        draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
+
+    fig, (ax,) = analyze.canvas(1, 1)
+    shown = [arm for arm in ("plain", *there) if group[arm]]
+    curves(ax, group, shown, lambda line: [*enumerate(line["cosine by block"], 1)])
+    ax.set(ylabel="cosine of [CLS] and patches", xlabel="block, after norm1; 13: the final norm")
+    fig.savefig(file.with_name("study-cosines.png"), dpi=90)
+
+    long = [arm for arm in study.ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
+    if long:
+        metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
+        fig, axes = analyze.canvas(3, 3)
+        fig.set_size_inches(11, 3.4)
+        for ax, (head, metric) in zip(axes, metrics.items()):
+            curves(ax, group, long, lambda line: [
+                (probe["step"], probe[metric]) for probe in line["probes"]])
+            ax.set(title=f"online {head}", xlabel="training step")
+        fig.savefig(file.with_name("study-online.png"), dpi=90)

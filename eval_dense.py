@@ -474,7 +474,7 @@ class Pictures(torch.utils.data.Dataset):
         if self.memory:
             for numbers in order:
                 numbers = torch.tensor(numbers, device=self.device)
-                yield {kind: x[numbers] for kind, x in self.memory.items()}
+                yield {kind: x.index_select(0, numbers) for kind, x in self.memory.items()}
             return
         own = torch.Generator()  # without one, the loader draws from the global one
         loader = torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
@@ -933,11 +933,13 @@ class Head(nn.Module):
 def silog(predicted: Tensor, truth: Tensor) -> Tensor:
     """Scale-invariant log loss: sqrt(var(g) + 0.15 mean(g)^2), g = log predicted - log truth, on
     valid pixels (truth > 0, in metres); 0 where there is none."""
+    # Without picking pixels out, which takes a seventh of a head's time.
     valid = truth > 0
-    if not valid.any():
-        return predicted.sum() * 0  # a 0 that still has a gradient
-    g = predicted[valid].log() - truth[valid].log()
-    return (g.var(unbiased=False) + 0.15 * g.mean() ** 2 + 1e-8).sqrt()  # 1e-8: a slope at 0
+    n = valid.sum().clamp(min=1)
+    g = torch.where(valid, predicted.log() - torch.where(valid, truth, 1).log(), 0)
+    mean = g.sum() / n
+    variance = (torch.where(valid, g - mean, 0) ** 2).sum() / n
+    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: a slope at 0
 
 
 def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -969,7 +971,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
                 head = Head(task, width, len(data.classes), data.max_depth)
                 heads[lr, task] = head.to(data.device)
     groups = [{"params": head.parameters(), "lr": lr} for (lr, _), head in heads.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
     rise = max(p.warmup * p.iterations, 1)  # iterations of warm-up
     fall = max(p.iterations - rise, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up, and then down to 0

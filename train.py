@@ -193,7 +193,7 @@ FLAGS = {
         ("lr-end", 1e-6, (0.0, 10.0), "learning rate at the end"),
         ("patch-embed-lr", 1.0, (0.0, 100.0), "factor on the patch embedding's learning rate"),
         ("cls-lr", 1.0, (0.0, 100.0), "factor on the learning rate of [CLS]'s copies"),
-        ("head-lr", 1.0, (0.0, 1e4), "on the heads': with --init they alone start at random"),
+        ("head-lr", 1.0, (0.0, 1e4), "on that of projection heads, which --init leaves at random"),
         ("warmup", 0.1, (0.0, 1.0), "share of the steps until the peak"),
         ("wd", 0.04, (0.0, 10.0), "weight decay at first; none on biases, norms, LayerScale"),
         ("wd-end", 0.4, (0.0, 10.0), "... and at the end"),
@@ -1366,7 +1366,7 @@ def run(args, rank: int, ranks: int) -> None:
                 final_table(args)
     say(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}\n"
         f"next: python eval_dense.py {args.out} (judge more), python analyze.py {args.out} (look "
-        "inside)" + ("; the control is the same command without --spec" if args.spec else ""))
+        "inside)" + ("; the control: without --spec, another --out" if args.spec else ""))
 
 
 def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first: int,

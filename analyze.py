@@ -896,9 +896,9 @@ def survey_gib(config: clsspec.Config, args, size: int) -> float:
     """About what a survey holds, GiB: pictures, attention of a batch, features of all blocks."""
     patches = (size // config.patch) ** 2
     kept = config.depth * patches * config.width * 2  # bytes, in half precision
-    many = scenes_gib(args.pictures, size) if args.data == "scenes" else 0
-    return many + args.pictures * (3 * size**2 + kept) / 2**30 + forward_gib(
-        config, min(args.pictures, 8), size, size, attention=True)
+    made = scenes_gib(args.pictures, size) if args.data == "scenes" else 0
+    walked = forward_gib(config, min(args.pictures, 8), size, size, attention=True)
+    return made + args.pictures * (3 * size**2 + kept) / 2**30 + walked
 
 
 def subjects_of(args) -> list[Subject]:
@@ -908,8 +908,8 @@ def subjects_of(args) -> list[Subject]:
     if len(set(names)) < len(names):  # seeds in folders of their own: a/run, b/run
         names = ["/".join(file.parts[-3:]).removesuffix("/last.pt") for file in files]
     if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(args.models)}: two models of one name; name each once, or rename a "
-                         "folder")
+        raise ValueError(f"{', '.join(args.models)}: two models of one name; name each once, or "
+                         "rename a folder")
     out = []
     for name, file in zip(names, files):
         model = clsspec.load(file, args.network).to(args.device)

@@ -735,13 +735,14 @@ OPEN = {f.__name__: f for f in (pairs, voc, pets, ade20k, cityscapes, nyu, kitti
                                 imagefolder, imagenette, cifar10)}
 
 
-def open_split(data: str, root: str, split: str, **options) -> Pictures:
-    """A split, "train" or "val", of a set on disk. ValueError: what is missing, what is expected,
-    and where it is had. options: of the function that opens it."""
+def open_split(data: str, root: str, split: str, download: bool = False, **options) -> Pictures:
+    """A split, "train" or "val", of a set on disk, or fetched. ValueError: what is missing, what is
+    expected, and where it is had. options: of the function that opens it."""
     at = Path(root or f"data/{data}")
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
     if data in FETCHED:
-        wanted += f"; --download fetches it, {FETCHED[data]}"
+        options["download"] = download
+        wanted += "" if download else f"; --download fetches it, {FETCHED[data]}"
     try:
         found = OPEN[data](at, split, **options)
     except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
@@ -837,8 +838,7 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device,
                     f"{size} px", "lower --train, --test or --image-size")
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     options = {"pairs": dict(unit=p.unit, max_depth=p.max_depth)}.get(data, {})
-    options |= {"download": download} if data in FETCHED else {}
-    sets = [open_split(data, root, split, **options) for split in ("train", "val")]
+    sets = [open_split(data, root, split, download, **options) for split in ("train", "val")]
     need(p.image_size or not sets[0].labels,
          f"--image-size 0: {data} cuts pictures to one side for cls and knn; give it")
     same = sets[0].labels == sets[1].labels  # or a label would mean two things
@@ -1246,12 +1246,15 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
     # 1. Features, once if they fit: every crop would have other ones.
-    seen = maps if dense else train.only("label")
-    first = seen.memory["image"][0] if seen.memory else seen[0]["image"]
+    some = maps if dense else train.only("label")
+    first = some.memory["image"][0] if some.memory else some[0]["image"]
     h, w = first.shape[-2:]
-    b, side = (max(p.batch_size, 50), p.crop) if dense else (50, 0)
-    need_memory(forward_gib(model.config, b, side or h, side or w), train.device,
-                f"a batch of {b} pictures of {side or h} x {side or w} px",
+    # Features are computed 50 pictures at a time; of crops, a batch of the heads at a time.
+    b, rows, columns = 50, h, w
+    if dense:
+        b, rows, columns = max(p.batch_size, 50), p.crop or h, p.crop or w
+    need_memory(forward_gib(model.config, b, rows, columns), train.device,
+                f"a batch of {b} pictures of {rows} x {columns} px",
                 "lower --image-size, --crop or --batch-size")
     bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
     fits = len(train) * bytes_each <= cache_gib * 2**30

@@ -321,11 +321,10 @@ class Folder(torch.utils.data.Dataset):
     def __init__(self, data: str, side: int, root: str = "", download: bool = False):
         self.data, self.side = data, side
         if data in eval_dense.OPEN:
-            options = {"download": download} if data in eval_dense.FETCHED else {}
-            rows = eval_dense.open_split(data, root, "train", **options)
-            self.files = [row["image"] for row in rows.rows]
-            self.labels = [row.get("label", 0) for row in rows.rows]
-            self.classes = {name: i for i, name in enumerate(rows.labels or ("",))}
+            split = eval_dense.open_split(data, root, "train", download)
+            self.files = [row["image"] for row in split.rows]
+            self.labels = [row.get("label", 0) for row in split.rows]
+            self.classes = {name: i for i, name in enumerate(split.labels or ("",))}
             return
         self.files = eval_dense.picture_files(data)
         # A class is a folder in the folder; "" are pictures in none.
@@ -1309,7 +1308,9 @@ def run(args, rank: int, ranks: int) -> None:
          "with one, as by eval_dense.py, and leave it out here")
     folder = None
     if not (scenes or args.bench):
-        folder = Folder(args.data, args.source_size, args.root, args.download)
+        # A dry run fetches nothing; its message says how large the set is.
+        fetch = args.download and not args.dry_run
+        folder = Folder(args.data, args.source_size, args.root, fetch)
     # A resumed run must find the same pictures: see `resume`.
     args.found = folder.found() if folder else None
     args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
@@ -628,6 +629,13 @@ def test_download_reaches_torchvision(fetched_sets, tmp_path, monkeypatch, data,
         urls.append(url)
         shutil.copytree(there, empty, dirs_exist_ok=True)
 
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", offline)
+    with pytest.raises(ValueError, match=f"no network.*; --data {data} wants in") as caught:
+        eval_dense.open_split(data, str(empty), "train", download=True)
+    assert "--download" not in str(caught.value)  # which was given
     monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fetch)
     for split in ("train", "val", "train"):
         assert len(eval_dense.open_split(data, str(empty), split, download=True)) > 1
@@ -819,6 +827,13 @@ def test_a_full_stdout_is_one_line(tmp_path, runs):
                               env=os.environ | {"PYTHONUNBUFFERED": ""})  # or each print would fail by itself
     assert done.returncode == 1 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "error: No space left on device" in done.stderr and (tmp_path / "a/eval.json").exists()
+
+
+def test_a_closed_stderr_stops_nothing(tmp_path, runs):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    command = f'"{sys.executable}" "{ROOT}/eval_dense.py" "{tmp_path}/a" {" ".join(FEW[:4])} --tasks knn 2>&-'
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "knn" in done.stdout
 
 
 def test_numbers_that_cannot_be_kept_are_printed(runs, monkeypatch, capsys):

@@ -411,11 +411,13 @@ def test_a_run_does_not_replace_what_it_starts_from(tmp_path):
     assert torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] == 4
 
 
-def test_a_dry_run_looks_at_its_pictures(tmp_path, capsys):
+def test_a_dry_run_looks_at_its_pictures_and_fetches_none(tmp_path, capsys, monkeypatch):
     pictures(tmp_path / "set")
     train.main([*QUICK, "--recipe", "deit3", "--data", str(tmp_path / "set"), "--dry-run"])
     assert "3 classes" in capsys.readouterr().out
     assert "neither 'scenes', nor a folder" in error("--data", tmp_path / "none", "--dry-run")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", lambda *_, **__: pytest.fail("it fetches"))
+    assert "--download fetches it, 0.2 GB" in error("--data", "cifar10", "--root", tmp_path / "c", "--download", "--dry-run")
 
 
 def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):

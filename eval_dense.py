@@ -1041,6 +1041,7 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
     x, out = F.normalize(x, dim=1), []
     for part in F.normalize(test, dim=1).split(256):  # all at once might not fit
         cosine, near = (part @ x.T).topk(min(k, len(x)), dim=1)  # (256, k)
+        # At 0.07 a cosine that is 0.1 higher counts four times: the nearest few decide.
         votes = F.one_hot(labels[near], classes) * torch.exp(cosine / 0.07)[..., None]
         out.append(votes.sum(1).argmax(1))
     return torch.cat(out)
@@ -1053,6 +1054,8 @@ def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float)
     """x (n, D), the last column 1 -> weight (D, classes) that has the least mean cross-entropy +
     penalty / 2 |weight|^2, the bias (last row) left out; looked for from `start` on."""
     weight = start.clone().requires_grad_()
+    # The loss is convex, so there is one optimum, and a method without a rate or a schedule to tune
+    # finds it; what differs between two networks is then theirs, not the tuning's.
     optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,  # no rate to choose
                                   line_search_fn="strong_wolfe")
 
@@ -1096,6 +1099,7 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Class maps (B, H, W) -> counts (B, classes, classes), row = truth; truth 255 is ignored."""
+    # A table for each picture, as `difference` draws pictures anew and adds up theirs.
     counts = []
     for guess, true in zip(predicted, truth):
         known = true != 255
@@ -1259,6 +1263,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
     fits = len(train) * bytes_each <= cache_gib * 2**30
     once = bool(dense) and fits and not p.crop
+    # The backbone is frozen: what it makes of a picture is the same in every iteration.
     known = features(model, maps, p, True, workers) if once else {}
 
     # 2. Heads on them, then the test set.

@@ -765,6 +765,7 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views: T
     chosen, device = None, global_views.device
     if mask is not None:
         chosen = mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        # A view counts once, however many of its patches are hidden.
         weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
         weight, mask = weight.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
@@ -821,6 +822,7 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
 
 def schedule(args, step: int, ranks: int) -> dict[str, float]:
     """Learning rate, weight decay, teacher momentum and temperature of a step (counted from 0)."""
+    # A larger batch has a less noisy gradient, along which larger steps can be taken.
     growth = args.batch_size * ranks / args.lr_batch
     peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
     rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
@@ -859,6 +861,8 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     """Give each group its learning rate and weight decay of this step."""
+    # [CLS]'s copies learn from one token a view, the patches' from dozens; heads that start at
+    # random have farther to go than a backbone that does not.
     factors = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr,
                **dict.fromkeys(("cls_head", "patch_head", "last"), args.head_lr)}
     for group in optimizer.param_groups:

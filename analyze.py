@@ -573,7 +573,7 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
         tiles = over(img, alike.clamp(0, 1))
         for tile in tiles:
             frame(tile, row, column, s.model.config.patch)
-        rows[" ".join([*textwrap.wrap(s.name, 14), f"like {row},{column}"])] = tiles
+        rows[" ".join([*textwrap.wrap(s.name, 14), "like red"])] = tiles
     scenes.sheet(path, rows)
     return out
 

@@ -141,7 +141,8 @@ def picture_files(data) -> list[str]:
     from the file's own folder or from here; or of one picture. ValueError: there is none."""
     at = Path(data)
     need(at.is_dir() or at.is_file(),
-         f"--data {data}: neither 'scenes', nor a folder, nor a file of paths")
+         f"--data {data}: neither 'scenes', nor a folder, nor a file of paths, nor a set by name "
+         f"({', '.join(OPEN)})")
     if at.is_dir():
         files, been = [], set()
         for folder, inside, names in os.walk(at, followlinks=True):
@@ -256,14 +257,21 @@ def record(file: Path, key: str, result: dict) -> None:
     write(file, json.dumps(read_json(file) | {key: strict(result)}, indent=1, allow_nan=False))
 
 
+# Where Linux says how much a container may have, in its new way and in its old one.
+CONTAINER = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+
+
 def machine_gib(device: str) -> float:
     """The memory of the GPU, or of the machine, GiB; inf where the system does not say."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 2**30
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return math.inf
+    found = [math.inf]
+    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in CONTAINER:
+        with suppress(ValueError, OSError):  # no container, or "max": no limit
+            found.append(int(Path(file).read_text()))
+    return min(found) / 2**30
 
 
 def need_memory(gib: float, device, what: str, advice: str) -> None:

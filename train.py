@@ -128,9 +128,10 @@ FLAGS = {
         ("scale", None, list(SCALES), "size of everything; small on a GPU, nano on a CPU"),
         ("init", None, None, "start from these weights: a run's last.pt, or public ones"),
         ("data", "scenes", None, "'scenes', a folder of pictures, a text file of their paths, one "
-         "picture, or a set of eval_dense.py, as " + ", ".join(eval_dense.FETCHED)),
+         "picture, or the training split of a set by name: " + ", ".join(eval_dense.OPEN)),
         ("root", "", None, "folder of such a set; default: data/NAME"),
-        ("download", False, None, "fetch such a set, if it is not there"),
+        ("download", False, None, "fetch a set that is not there: " +
+         ", ".join(f"{name}, {size}" for name, size in eval_dense.FETCHED.items())),
         ("out", None, None, "run folder; default: runs/ and recipe, scale, data, spec, seed"),
         ("seed", 0, (0, 2**40), "of weights, order of pictures, views and masks"),
         ("resume", False, None, "go on from the checkpoint in --out"),
@@ -255,6 +256,8 @@ def parse(argv) -> argparse.Namespace:
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[scale])
     if (chosen.recipe, scale) == ("deit3", "nano"):
         p.set_defaults(**LABELS_AT_NANO)
+    if chosen.init:  # it has learnt already, its heads have not: trials are in results/STUDY.md
+        p.set_defaults(lr=1e-4, head_lr=10.0)
     args = p.parse_args(argv)
 
     for name, default, _, _ in rows:
@@ -274,11 +277,16 @@ def parse(argv) -> argparse.Namespace:
         p.error(f"argument --{idle[0].replace('_', '-')}: without --spec nothing is specialised")
     if args.bench and args.resume:
         p.error("argument --bench: times steps of noise and keeps nothing; leave out --resume")
+    if args.bench and args.download:
+        p.error("argument --bench: times steps of noise; leave out --download")
     for name in SHAPE if args.init else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
         setattr(args, name, None)  # what a scale would have is not what this network has
     if args.supervised:  # one view a picture, and one loss
+        for name in ("ibot", "koleo"):
+            if getattr(args, name) not in (0, p.get_default(name)):
+                p.error(f"argument --{name}: --supervised has one loss, of labels; leave this out")
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
     if args.spec and not args.spec.strip(","):
         p.error("argument --spec: names nothing; leave it out, or give a comma list")
@@ -1122,7 +1130,7 @@ def describe(args, network: Network, ranks: int) -> None:
     heads = clsspec.parameters(network)[0] - total
     print(f"  backbone          {total / 1e6:10.3f} M parameters, of them {copies / 1e6:.3f} M "
           "[CLS] copies")
-    if copies:
+    if copies and not args.init:  # whose shape is what it is
         print(f"  plain, as many    --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     outputs = f"{args.classes} classes" if args.supervised else f"K = {args.prototypes}"
     print(f"  heads             {heads / 1e6:10.3f} M parameters, {outputs}\n"
@@ -1132,7 +1140,8 @@ def describe(args, network: Network, ranks: int) -> None:
           f"{args.steps} steps, {args.steps * batch / 1e6:.3g} M pictures in all\n"
           f"  learning rate     {schedule(args, warmup, ranks)['lr']:10.3g} at its peak, step "
           f"{warmup}: {args.lr:g} at batch {args.lr_batch}, {args.lr_scaling} scaling\n"
-          f"  memory            {sum(memory.values()):10.1f} GiB a process, about: "
+          f"  memory            {sum(memory.values()):10.1f} GiB a process, about, of "
+          f"{eval_dense.machine_gib(args.device):.1f} here: "
           + ", ".join(f"{name} {gib:.1f}" for name, gib in memory.items()))
 
 
@@ -1206,9 +1215,9 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
     """Refuse what cannot run, before anything is written. shape: of the network, without memory."""
     patch = shape.backbone.config.patch
     sides = {"image": args.image_size} | ({"local": args.local_size} if args.local_crops else {})
-    for name, side in sides.items():
-        need(side % patch == 0, f"--{name}-size {side} is no multiple of the patch, {patch} px; "
-             f"try {max(side // patch, 1) * patch}")
+    odd = [f"--{name}-size {side} (try {max(side // patch, 1) * patch})"
+           for name, side in sides.items() if side % patch]
+    need(not odd, f"{' and '.join(odd)}: no multiple of the patch, {patch} px")
     need(args.source_size >= args.image_size, f"--source-size {args.source_size} is less than "
          f"--image-size {args.image_size}: views would be blown up; raise it to that or more")
     need(not args.koleo or args.batch_size > 1, "KoLeo needs a neighbour for every picture: give "
@@ -1217,8 +1226,11 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
         return
     memory = memory_gib(args, shape)
     largest = max(memory, key=memory.get)
+    advice = {"weights and optimiser": "take a smaller --size", "logits": "lower --prototypes",
+              "activations": "lower --batch-size, or give --checkpointing",
+              "pictures": "lower --pictures, --source-size or --batch-size"}[largest]
     need_memory(sum(memory.values()), args.device, "this", f"{largest} are {memory[largest]:,.0f} "
-                "of it; --dry-run shows all")
+                f"of it: {advice}; --dry-run shows all")
     if args.bench:
         return
     n, batch = args.pictures, args.batch_size * ranks
@@ -1326,7 +1338,7 @@ def run(args, rank: int, ranks: int) -> None:
     machine = torch.cuda.get_device_name() if cuda else "no GPU in use"
     what = f"{args.init}: {shape.backbone.origin};" if args.init else f"scale {args.scale}"
     say(f"{what} ({machine}, {args.precision}), recipe {args.recipe}, data {args.data}, spec "
-        f"{','.join(args.spec) or 'none'}", flush=True)
+        f"{','.join(shape.backbone.config.spec) or 'none'}", flush=True)
     check(args, folder, shape, ranks)
     if folder and len(folder) < args.batch_size * ranks:
         say(f"note: {len(folder)} picture(s) are less than a batch of {args.batch_size * ranks}; "
@@ -1369,9 +1381,10 @@ def run(args, rank: int, ranks: int) -> None:
                 own_table(args, folder)
             else:
                 final_table(args)
+    judged = f"{args.init} {args.out} (before and after" if args.init else f"{args.out} (judge more"
     say(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}\n"
-        f"next: python eval_dense.py {args.out} (judge more), python analyze.py {args.out} (look "
-        "inside)" + ("; the control: without --spec, another --out" if args.spec else ""))
+        f"next: python eval_dense.py {judged}), python analyze.py {args.out} (look inside)"
+        + ("; the control: without --spec, another --out" if args.spec else ""))
 
 
 def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first: int,

@@ -588,7 +588,7 @@ def test_errors_say_what_to_do(trained, tmp_path):
     model = str(trained / "plain")
     with pytest.raises(SystemExit, match="error: no checkpoint at nowhere"):
         analyze.main(["nowhere"])
-    with pytest.raises(SystemExit, match="neither 'scenes', nor a folder, nor a file of paths"):
+    with pytest.raises(SystemExit, match="neither 'scenes', nor a folder, nor a file of paths, nor a set by name .*voc, pets"):
         analyze.main([model, "--data", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="--image-size 33 is no multiple of 8, the patch of plain; try 32"):
         analyze.main([model, "--what", "cosines", "--image-size", "33"])

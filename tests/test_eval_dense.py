@@ -409,6 +409,16 @@ def test_what_the_machine_has_no_memory_for_is_not_begun(runs, monkeypatch, flag
         eval_dense.main([str(runs / "a"), *flags])
 
 
+def test_a_container_has_what_it_is_given(monkeypatch, tmp_path):
+    (tmp_path / "limit").write_text(f"{2**28}\n")
+    (tmp_path / "none").write_text("max\n")
+    for files, gib in ((("limit", "none"), 0.25), (("missing", "limit"), 0.25)):
+        monkeypatch.setattr(eval_dense, "CONTAINER", [str(tmp_path / file) for file in files])
+        assert eval_dense.machine_gib("cpu") == gib
+    monkeypatch.setattr(eval_dense, "CONTAINER", [str(tmp_path / "none")])
+    assert 0.25 < eval_dense.machine_gib("cpu") < 2**20
+
+
 def test_nothing_is_judged_where_nothing_can_be_written(runs, monkeypatch, capsys):
     monkeypatch.setattr(eval_dense.os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match="a cannot be written to"):

@@ -342,11 +342,13 @@ def test_cls_lr_is_of_the_copies_alone():
 @pytest.mark.parametrize("flags, largest", [
     (["--hidden", "131072", "--head-layers", "3", "--no-separate-head"], "weights and optimiser"), (["--prototypes", "16777216", "--bottleneck", "1", "--no-separate-head"], "logits"),
     (["--batch-size", "16384", "--pictures", "16384"], "activations"), (["--pictures", "9000000"], "pictures")])
-def test_what_the_machine_has_no_memory_for_is_not_begun(flags, largest, tmp_path, monkeypatch):
+def test_what_the_machine_has_no_memory_for_is_not_begun(flags, largest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 8.0)
     monkeypatch.setattr(train, "RunFolder", lambda *_: pytest.fail("it was begun"))
-    with pytest.raises(SystemExit, match=f"^error: this would take about [0-9]+ GiB, and there are 8; {largest} are [0-9]+ of it; --dry-run"):
+    with pytest.raises(SystemExit, match=f"^error: this would take about [0-9]+ GiB, and there are 8; {largest} are [0-9]+ of it: .*--[a-z]*.*; --dry-run"):
         train.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
+    train.main([*QUICK, *flags, "--dry-run"])
+    assert re.search("memory .* GiB a process, about, of 8.0 here: ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("data, name", [("pets", "Abyssinian"), ("cifar10", "dark"), ("voc", "")])
@@ -370,7 +372,9 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"), (["--spec", ","], "argument --spec: names nothing"),
     (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"), (["--root", "x"], "argument --root: is for sets by name"),
-    (["--cls-lr", "3"], "argument --cls-lr: without --spec nothing is specialised"), (["--spec-blocks", "3"], "without --spec nothing is specialised")])
+    (["--cls-lr", "3"], "argument --cls-lr: without --spec nothing is specialised"), (["--spec-blocks", "3"], "without --spec nothing is specialised"),
+    (["--bench", "1", "--resume"], "argument --bench: times steps of noise"), (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
+    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"), (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised")])
 def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         train.parse([*QUICK, *flags])
@@ -426,6 +430,12 @@ def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):
     assert "note: 1 picture(s) are less than a batch of 4; some are in it several times" in capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and all(map(math.isfinite, losses))
+
+
+def test_weights_that_have_learnt_get_lower_rates_by_themselves():
+    new, init = (train.parse(["--scale", "nano", *more]) for more in ([], ["--init", "w.pth"]))
+    assert (new.lr, new.head_lr, init.lr, init.head_lr) == (4e-3, 1, 1e-4, 10)
+    assert train.parse(["--init", "w.pth", "--lr", "1e-3", "--head-lr", "2"]).lr == 1e-3  # what is typed counts
 
 
 def test_head_lr_is_of_the_heads_alone():
@@ -822,7 +832,7 @@ def listing(folder):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "rel.txt"], "neither 'scenes', nor a folder"), (["--local-size", 17], "no multiple of the patch"),
+    (["--data", "rel.txt"], "neither 'scenes', nor a folder"), (["--local-size", 17], r"--local-size 17 \(try 16\): no multiple of the patch, 8"),
     (["--registers", 4096, "--batch-size", 4096, "--pictures", 4096], "this would take about"),
     (["--pictures", 10**9], "pictures are 2,861"), (["--ibot", 0, "--koleo", 0, "--centring", "broken"], "")])
 def test_an_old_run_is_untouched_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, flags, words):
@@ -934,12 +944,16 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, monk
         clsspec.load(tmp_path / "a/last.pt", network)
 
 
-def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path):
+def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path, capsys):
     run(tmp_path / "a", "--steps", 1, "--spec", "norms,qkv", "--spec-blocks", 4)
     init = "--init", tmp_path / "a/last.pt", "--out", tmp_path / "b", "--steps", 1
     assert "is specialised already, in another way" in error(*init, "--spec", "norms,qkv", "--spec-blocks", 8)
     run(tmp_path / "b", *init, "--spec", "norms,qkv", "--spec-blocks", 4)
     assert clsspec.load(tmp_path / "b/last.pt").config.spec_blocks == 4
+    capsys.readouterr()
+    train.main([*QUICK, "--init", str(tmp_path / "a/last.pt"), "--dry-run"])  # it stays what it is
+    out = capsys.readouterr().out
+    assert "spec norms,qkv\n" in out and "--mlp-ratio" not in out
 
 
 def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
@@ -947,10 +961,13 @@ def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
     flags = "--init", tmp_path / "w.pth", "--steps"
     run(tmp_path / "a", *flags, 1)
     text = capsys.readouterr().out
+    assert f"next: python eval_dense.py {tmp_path / 'w.pth'} {tmp_path / 'a'} (before and after)" in text
     assert "w.pth: ViT-Ti/16, 2 blocks, 3 heads" in text and "all 35 tensors of the backbone used" in text and "nano" not in text.replace(str(tmp_path), ""), text
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"], config["model"]["patch"]) == (None, None, 192, 16)
     run(tmp_path / "a", *flags, 2, "--resume")
+    sizes = error("--init", tmp_path / "w.pth", "--image-size", 40, "--local-size", 24, "--out", tmp_path / "b")
+    assert "--image-size 40 (try 32) and --local-size 24 (try 16): no multiple of the patch, 16 px" in sizes
 
 
 # No folder, no run: a flag out of range is refused by the parser. With each of the table's rows.

@@ -160,14 +160,16 @@ def table(group: dict) -> str:
 
 def claims(group: dict) -> str:
     """A line for each claim of the plan that has its runs: difference, interval, p, and p corrected
-    for the number of claims."""
+    for the number of claims that the plan has."""
     arms, outcomes = study.CLAIMS
     found = []
     for arm, (head, what) in product(arms, OUTCOMES.items()):
         d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:
             found.append((arm, head, what[2], d))
-    corrected = holm([d["p"] for *_, d in found])
+    # Those whose runs are still to come count, too, as if they had no effect.
+    to_come = len(arms) * len(outcomes) - len(found)
+    corrected = holm([d["p"] for *_, d in found] + [1.0] * to_come)
     out = []
     for (arm, head, digits, d), p in zip(found, corrected):
         middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))

@@ -719,8 +719,12 @@ def start(cfg: Config, init: str | None = None) -> ViT:
     """A network at step 0: new; or with shape and weights (the teacher's) of the file `init`, and
     of cfg only drop_path and how it is specialised. ValueError: it is specialised in another way.
     """
-    if not init:
-        return ViT(cfg)
+    return continued(cfg, init) if init else ViT(cfg)
+
+
+@torch.random.fork_rng(devices=[])  # what is drawn here moves nothing that is drawn later, heads
+def continued(cfg: Config, init: str) -> ViT:
+    """`start` from a file."""
     given = load(init)
     model = ViT(replace(given.config, drop_path=cfg.drop_path))
     model.load_state_dict(given.state_dict())

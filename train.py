@@ -126,7 +126,8 @@ FLAGS = {
     "what to run": [
         ("recipe", "dinov2", list(RECIPES), "losses and their defaults"),
         ("scale", None, list(SCALES), "size of everything; small on a GPU, nano on a CPU"),
-        ("init", None, None, "start from these weights: a run's last.pt, or public ones"),
+        ("init", None, None, "start from these weights, a run's last.pt or public ones; --lr is "
+         "1e-4 then, --head-lr 10"),
         ("data", "scenes", None, "'scenes', a folder of pictures, a text file of their paths, one "
          "picture, or the training split of a set by name: " + ", ".join(eval_dense.OPEN)),
         ("root", "", None, "folder of such a set; default: data/NAME"),
@@ -194,7 +195,8 @@ FLAGS = {
         ("lr-end", 1e-6, (0.0, 10.0), "learning rate at the end"),
         ("patch-embed-lr", 1.0, (0.0, 100.0), "factor on the patch embedding's learning rate"),
         ("cls-lr", 1.0, (0.0, 100.0), "factor on the learning rate of [CLS]'s copies"),
-        ("head-lr", 1.0, (0.0, 1e4), "on that of projection heads, which --init leaves at random"),
+        ("head-lr", 1.0, (0.0, 1e4), "factor on that of projection heads, which --init leaves at "
+         "random"),
         ("warmup", 0.1, (0.0, 1.0), "share of the steps until the peak"),
         ("wd", 0.04, (0.0, 10.0), "weight decay at first; none on biases, norms, LayerScale"),
         ("wd-end", 0.4, (0.0, 10.0), "... and at the end"),
@@ -271,10 +273,6 @@ def parse(argv) -> argparse.Namespace:
         p.error("argument --resume: --overwrite starts anew; give one of them")
     if args.root and args.data not in eval_dense.OPEN:
         p.error(f"argument --root: is for sets by name, {', '.join(eval_dense.OPEN)}; leave it out")
-    idle = [name for name in ("spec_blocks", "spec_where", "spec_rank", "spec_init", "cls_lr")
-            if getattr(args, name) != p.get_default(name)]
-    if idle and not args.spec and not args.init:
-        p.error(f"argument --{idle[0].replace('_', '-')}: without --spec nothing is specialised")
     if args.bench and args.resume:
         p.error("argument --bench: times steps of noise and keeps nothing; leave out --resume")
     if args.bench and args.download:
@@ -721,7 +719,8 @@ class Network(nn.Module):
         super().__init__()
         spec = {k: getattr(args, k) for k in SPEC}
         if args.init:
-            given = clsspec.load(args.init).config
+            with torch.random.fork_rng(devices=[]):  # so that `load` makes the same start again
+                given = clsspec.load(args.init).config
             spec = {} if given.spec and not args.spec else spec  # keep what it has
             cfg = clsspec.checked(replace(given, drop_path=args.drop_path, **spec))
         else:
@@ -1129,7 +1128,9 @@ def describe(args, network: Network, ranks: int) -> None:
     warmup, memory = int(args.warmup * args.steps), memory_gib(args, network)
     heads = clsspec.parameters(network)[0] - total
     print(f"  backbone          {total / 1e6:10.3f} M parameters, of them {copies / 1e6:.3f} M "
-          "[CLS] copies")
+          f"[CLS] copies\n  which is           {clsspec.described(network.backbone)}")
+    if args.found:
+        print(f"  pictures           {args.found}")
     if copies and not args.init:  # whose shape is what it is
         print(f"  plain, as many    --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     outputs = f"{args.classes} classes" if args.supervised else f"K = {args.prototypes}"
@@ -1139,7 +1140,8 @@ def describe(args, network: Network, ranks: int) -> None:
           f"  global batch      {batch:10} pictures = {args.batch_size} x {ranks} process(es); "
           f"{args.steps} steps, {args.steps * batch / 1e6:.3g} M pictures in all\n"
           f"  learning rate     {schedule(args, warmup, ranks)['lr']:10.3g} at its peak, step "
-          f"{warmup}: {args.lr:g} at batch {args.lr_batch}, {args.lr_scaling} scaling\n"
+          f"{warmup}: {args.lr:g} at batch {args.lr_batch}, {args.lr_scaling} scaling; heads x "
+          f"{args.head_lr:g}, [CLS] copies x {args.cls_lr:g}\n"
           f"  memory            {sum(memory.values()):10.1f} GiB a process, about, of "
           f"{eval_dense.machine_gib(args.device):.1f} here: "
           + ", ".join(f"{name} {gib:.1f}" for name, gib in memory.items()))
@@ -1213,7 +1215,14 @@ def bench(args, rank: int, ranks: int) -> None:
 
 def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
     """Refuse what cannot run, before anything is written. shape: of the network, without memory."""
-    patch = shape.backbone.config.patch
+    spec, patch = shape.backbone.config.spec, shape.backbone.config.patch
+    idle = {} if spec else {"cls_lr": (1.0,), "spec_init": ("equal",)}  # {flag: what it may be}
+    if not {"qkv", "proj", "mlp"} & set(spec):
+        idle |= {"spec_blocks": (None, 0), "spec_where": ("first",)}
+    wrong = [f"--{name.replace('_', '-')}" for name, usual in idle.items()
+             if getattr(args, name) not in usual]
+    need(not wrong, f"{' and '.join(wrong)}: of no use where --spec is "
+         f"{','.join(spec) or 'left out'}; see what can be specialised in --help")
     sides = {"image": args.image_size} | ({"local": args.local_size} if args.local_crops else {})
     odd = [f"--{name}-size {side} (try {max(side // patch, 1) * patch})"
            for name, side in sides.items() if side % patch]

@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import torch
+
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))  # so that it runs from any folder
 
@@ -45,9 +47,15 @@ class Arm(NamedTuple):
     control: str = "plain"  # the arm that it is compared with, seed by seed; "": with none
 
 
+# What seeds 40 to 45 choose (`--tables` says it) is written down here before a run with it: flags of
+# the best specialised arm, and plain's own learning rate, of which "" is the default.
+NOT_YET = "(not chosen yet)"  # arms with this in their flags wait
+BEST = NOT_YET
+RATE = ""
+CONTROL = {"": "plain", "--lr 2e-3": "plain-half", "--lr 8e-3": "plain-double"}[RATE]
+
 QKV4, QKV8 = (f"--spec norms,qkv --spec-blocks {blocks}" for blocks in (4, 8))
-BEST = f"{QKV8} --cls-lr 3"  # the pilot's; what seeds 40 to 45 choose takes its place
-X4, X16 = "--steps 5000 --probe-every 1250", "--steps 20000 --probe-every 2500"
+X4, X16 = "--steps 5000 --probe-every 250", "--steps 20000 --probe-every 1000"
 LARGE = "--batch-size 128 --steps 312 --probe-every 0"  # as many looks at pictures in a quarter
 ARMS = {
     "untrained": Arm("", "untrained", ""),  # no runs of its own: what plain ones are at step 0
@@ -67,11 +75,11 @@ ARMS = {
     "plain-double": Arm("--lr 8e-3", "plain, twice the rate"),
     "plain-large": Arm(LARGE, "plain, batch 128", ""),
     "qkv8-large": Arm(f"{LARGE} {QKV8}", "norms, qkv in 8 blocks, batch 128", "plain-large"),
-    "best": Arm(BEST, "best"),
+    "best": Arm(BEST, "best", CONTROL),
     # Question 3: from how many steps on does it pay? Does anything degrade?
-    "plain-x4": Arm(X4, "plain, 5,000 steps", ""),
+    "plain-x4": Arm(f"{X4} {RATE}", "plain, 5,000 steps", ""),
     "best-x4": Arm(f"{X4} {BEST}", "best, 5,000 steps", "plain-x4"),
-    "plain-x16": Arm(X16, "plain, 20,000 steps", ""),
+    "plain-x16": Arm(f"{X16} {RATE}", "plain, 20,000 steps", ""),
     "best-x16": Arm(f"{X16} {BEST}", "best, 20,000 steps", "plain-x16"),
     "dino-x4": Arm(f"--recipe dino {X4}", "dino, 5,000 steps", ""),
     "dino-best-x4": Arm(f"--recipe dino {X4} {BEST}", "dino, best, 5,000 steps", "dino-x4"),
@@ -79,24 +87,24 @@ ARMS = {
                           "dino-x4"),
     # Question 6: entmax with `dinov2`.
     "entmax": Arm("--attn entmax15", "entmax-1.5"),
-    "entmax-half": Arm("--attn entmax15 --lr 2e-3", "entmax-1.5, half the rate"),
-    "entmax-double": Arm("--attn entmax15 --lr 8e-3", "entmax-1.5, twice the rate"),
+    "entmax-half": Arm("--attn entmax15 --lr 2e-3", "entmax-1.5, half the rate", "plain-half"),
+    "entmax-double": Arm("--attn entmax15 --lr 8e-3", "entmax-1.5, twice the rate", "plain-double"),
     # Question 5: a wider network.
-    "tiny-width": Arm("--size tiny --patch 8", "width 192, plain", ""),
+    "tiny-width": Arm(f"--size tiny --patch 8 {RATE}", "width 192, plain", ""),
     "tiny-width-best": Arm(f"--size tiny --patch 8 {BEST}", "width 192, best", "tiny-width"),
 }
 CHOOSE, CLAIM = tuple(range(40, 46)), tuple(range(100, 112))  # seeds: none serves for both
 PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("plain", "norms", "qkv4", "qkv8"), CLAIM),
-    ("scenes", tuple(["plain", "qkv8", *(f"qkv8-k{k}" for k in (2, 3, 5, 10)), "qkv8-fresh",
+    ("scenes", tuple(["plain", "norms", "qkv8", *(f"qkv8-k{k}" for k in (2, 3, 5, 10)), "qkv8-fresh",
                       "plain-half", "plain-double", "norms-k3", "plain-large", "qkv8-large"]),
      CHOOSE),
     ("scenes", tuple(["qkv4", *(f"qkv4-k{k}" for k in (2, 3, 5, 10)), "qkv4-fresh"]), CHOOSE),
-    ("scenes", ("best",), CLAIM),
+    ("scenes", (CONTROL, "best"), CLAIM),
     ("scenes", ("plain-x4", "best-x4"), CLAIM[:6]),
     ("scenes", ("dino-x4", "dino-best-x4", "dino-entmax-x4"), CLAIM[:6]),
     ("scenes", ("plain-x16", "best-x16"), CLAIM[:3]),
-    ("scenes", ("entmax", "entmax-half", "entmax-double"), CLAIM[:6]),
+    ("scenes", ("entmax", "plain-half", "entmax-half", "plain-double", "entmax-double"), CLAIM[:6]),
     ("tiny", ("plain", "qkv8", "best"), CLAIM[:6]),
     ("scenes", ("tiny-width", "tiny-width-best"), CLAIM[:3]),
 ]
@@ -108,7 +116,8 @@ DATA = {"scenes": "Scenes", "tiny": "Tiny ImageNet"}
 
 def runs() -> list[tuple[str, str, int]]:
     """Every (data, arm, seed), once. Seed by seed, so that the first pairs are there early."""
-    every = [(data, arm, seed) for data, arms, seeds in PLAN for seed in seeds for arm in arms]
+    every = [(data, arm, seed) for data, arms, seeds in PLAN for seed in seeds for arm in arms
+             if NOT_YET not in ARMS[arm].flags]
     return list(dict.fromkeys(every))
 
 
@@ -132,6 +141,7 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
     out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions"]}
     if data == "tiny":  # `inside` is of Scenes; this is of pictures like those it has learnt from
         out["inside tiny"] = measure + ["cosines", "--data", str(args.tiny)]
+        out["tiny"] = judge + ["--data", "imagefolder", "--root", str(args.tiny.parent)]
     if args.nyu:
         out["nyu"] = nyu
     if (data, arm) == ("scenes", "plain"):  # all arms of a seed begin like this one
@@ -149,8 +159,17 @@ STOP = threading.Event()  # set by Ctrl-C and the like: somebody wants this to e
 
 def state_of(run: Path) -> dict:
     """What is done: {"minutes": {stage: minutes}, "before": {stage: minutes so far, of one that was
-    cut short}, "failed": {stage: its last words}}."""
-    return {"minutes": {}, "before": {}, "failed": {}} | read_json(run / "study.json")
+    cut short}, "failed": {stage: its last words}, "retried": what had failed before, "cpu"}."""
+    usual = {"minutes": {}, "before": {}, "failed": {}, "retried": {}, "cpu": ""}
+    return usual | read_json(run / "study.json")
+
+
+def cpu() -> str:
+    """This machine's, and the instructions by which torch computes on it: others round otherwise."""
+    file = Path("/proc/cpuinfo")  # Linux
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return ", ".join([*names[:1], torch.backends.cpu.get_cpu_capability()])
 
 
 def call(house: Path, command: list[str], log: Path, end: float) -> int:
@@ -169,7 +188,7 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
     run, log = args.root / name, args.root / f"{name}.txt"
     state = state_of(run)
     if args.retry:
-        state["failed"] = {}
+        state["retried"], state["failed"] = state["retried"] | state["failed"], {}
     for stage, command in stages(args, run, data, arm, seed).items():
         if stage in state["minutes"]:
             continue
@@ -180,6 +199,7 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         minutes = (time.time() - start) / 60 + state["before"].pop(stage, 0)
         if code == 0:
             state["minutes"][stage] = minutes
+            state["cpu"] = state["cpu"] or cpu()
             said = f"{minutes:.1f} min"
         elif STOP.is_set() or time.time() > end:  # we ended it
             state["before"][stage] = minutes
@@ -214,7 +234,7 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
         "run": run.name, "scale": scale, "data": data, "arm": arm, "seed": seed,
         "command": command, **{key: config.get(key) for key in analyze.SETTING},
         "minutes": {stage: round(m, 1) for stage, m in state["minutes"].items()},
-        "failed": state["failed"],
+        "failed": state["failed"], "retried": state["retried"], "cpu": state["cpu"],
         "img_per_s": mean(step["img_per_s"] for step in steps) if steps else 0,
         "probes": [{k: step[k] for k in keep if k in step} for step in steps if "miou" in step],
         "results": results,
@@ -263,7 +283,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--scale", choices=SCALES, default="nano", help="(default: nano)")
     p.add_argument("--data", choices=list(DATA), help="only runs that train on this")
     p.add_argument("--arms", type=names, help="only these arms, a comma list")
-    p.add_argument("--tiny", type=folder, help="Tiny ImageNet's training pictures; else left out")
+    p.add_argument("--tiny", type=folder, help="Tiny ImageNet's train/, beside its val/; runs on it "
+                   "are else left out")
     p.add_argument("--nyu", type=folder, help="NYU Depth v2, `pairs` of eval_dense.py: judge on it")
     p.add_argument("--list", action="store_true", help="print the plan and stop")
     p.add_argument("--tables", action="store_true", help="print tables and stop")
@@ -289,6 +310,8 @@ def run(args) -> None:
         return tables.draw(file, tables.groups(read(file)))
     wanted = [(data, arm, seed) for data, arm, seed in runs() if arm in (args.arms or [arm])
               and data == (args.data or data) and (data != "tiny" or args.tiny)]
+    if args.scale != "nano":  # whose are the lengths and rates of all other arms
+        wanted = [one for one in wanted if one[1] in ("plain", "norms", "qkv4", "qkv8")]
     if args.list:
         for one in wanted:
             name = name_of(args.scale, *one)

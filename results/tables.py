@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import torch
 
 import study  # the plan, which says what is compared with what
-from study import analyze, read
+from study import analyze, need, read
 
 # Comparing runs. A `group` is {arm: {seed: line}} of one scale, one data set and one use of seeds.
 # An outcome is {its name in a table, arrow in the better direction: (name in a line's "results",
@@ -24,8 +24,9 @@ OUTCOMES = {
     "NYU RMSE m ↓": ("teacher pairs", "rmse", 3),
     "Tiny ImageNet k-NN % ↑": ("teacher imagefolder", "knn", 2),
     "Tiny ImageNet linear % ↑": ("teacher imagefolder", "linear", 2),
-    "cosine before norm1": (COSINES, "before norm cls_patch", 3),
-    "cosine after norm1": (COSINES, "after norm cls_patch", 3),
+    "cosine before norms": (COSINES, "before norm cls_patch", 3),
+    "cosine after norms": (COSINES, "after norm cls_patch", 3),
+    "the same, Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch", 3),
     "shared part": (COSINES, "shared", 3),
     "neighbour excess": (COSINES, "neighbours", 3),
     "neighbour excess, centred": (COSINES, "neighbours centred", 3),
@@ -33,6 +34,10 @@ OUTCOMES = {
     "online RMSE, late - middle": ("drift", "rmse", 3),
     "online k-NN, late - middle": ("drift", "knn", 2),
 }
+
+
+# {what a group's seeds are for: seeds}; of other seeds are the runs of earlier studies.
+USES = {"seeds for choosing": study.CHOOSE, "seeds for claims": study.CLAIM}
 
 
 def drift(probes: list[dict]) -> dict[str, float]:
@@ -48,12 +53,17 @@ def drift(probes: list[dict]) -> dict[str, float]:
 
 
 def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
-    """{(scale, data, use of its seeds): group} of the runs that are judged and measured."""
+    """{(scale, data, use of its seeds): group} of the runs that are judged. ValueError: a run had
+    other flags than its arm has now."""
     out = {}
     for line in lines:
-        if "inside" not in line["minutes"]:
+        if "scenes" not in line["minutes"]:
             continue
-        use = "claims" if line["seed"] >= study.CLAIM[0] else "choosing"
+        use = next((use for use, seeds in USES.items() if line["seed"] in seeds), "an earlier study")
+        arm = study.ARMS.get(line["arm"])
+        same = use not in USES or arm is None or arm.flags.strip() in line["command"]
+        need(same, f"{line['run']} was made with other flags than its arm has: {line['command']}; "
+             "move its folder away, and its line")
         group = out.setdefault((line["scale"], line["data"], use), {arm: {} for arm in study.ARMS})
         line["results"]["drift"] = drift(line["probes"])
         group.setdefault(line["arm"], {})[line["seed"]] = line
@@ -65,9 +75,13 @@ def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
     return out
 
 
+EARLIER = {"dino-entmax": "dino", "qkv4-half": "plain-half", "registers-qkv4": "registers",
+           "bias-qkv4": "bias"}  # controls of arms that only the first study has
+
+
 def arm_of(name: str) -> study.Arm:
     """An arm's row; that of an earlier study's, whose name says enough."""
-    return study.ARMS.get(name) or study.Arm("", name)
+    return study.ARMS.get(name) or study.Arm("", name, EARLIER.get(name, "plain"))
 
 
 def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float]:
@@ -126,7 +140,8 @@ def holm(p: list[float]) -> list[float]:
 
 EXPLAINED = """\
 In a cell: mean ± standard deviation over seeds; below it the mean difference to the control of the
-same seed [95 % interval, Student's t]. ↑ more is better, ↓ less is better."""
+same seed [95 % interval, Student's t, not corrected for the number of intervals]. ↑ more is better,
+↓ less is better. Cosines are of [CLS] with patches, means over norm1 of all blocks and the final norm."""
 
 
 def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
@@ -139,6 +154,7 @@ def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
     if d:
         middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
         out += f"<br>{middle} [{low}, {high}]"
+        out += f" of {d['n']} pairs" if d["n"] < len(values) else ""
     return out
 
 
@@ -173,21 +189,51 @@ def claims(group: dict) -> str:
     out = []
     for (arm, head, digits, d), p in zip(found, corrected):
         middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-        out.append(f"| {arm_of(arm).label} | {head} | {d['n']} | {middle} [{low}, {high}] "
-                   f"| {d['p']:.3f} | {p:.3f} |")
+        planned = len({seed for data, some, seeds in study.PLAN for seed in seeds
+                       if data == "scenes" and arm in some and seed in study.CLAIM})
+        out.append(f"| {arm_of(arm).label} | {head} | {d['n']} of {planned} | "
+                   f"{middle} [{low}, {high}] | {d['p']:.3f} | {p:.3f} |")
     title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
     return "\n".join([title + "|", *out]) if out else ""
+
+
+def choice(group: dict) -> str:
+    """What the seeds for choosing choose, by the rule of STUDY.md: an arm, and plain's rate."""
+    miou = {arm: numbers(seeds, "teacher scenes", "miou") for arm, seeds in group.items() if seeds}
+    arms = [arm for arm in miou if "--spec" in arm_of(arm).flags and arm_of(arm).control == "plain"]
+    if not arms:
+        return ""
+    common = set.intersection(*(set(miou[arm]) for arm in arms))  # of each arm the same seeds
+    if not common:
+        return ""
+    means = {arm: mean(miou[arm][seed] for seed in common) for arm in arms}
+    order = sorted(means, key=means.get, reverse=True)
+    out = [f"Mean mIoU over seeds {sorted(common)}: "
+           + ", ".join(f"{arm_of(arm).label} {means[arm]:.2f}" for arm in order)]
+    for arm in ("plain-half", "plain-double"):
+        d = difference(group, arm, "teacher scenes", "miou") if arm in miou else None
+        if d:
+            error = stdev(d["each"]) / len(d["each"]) ** 0.5
+            better = "better" if d["difference"] > error else "not better"
+            out.append(f"{arm_of(arm).label}: {d['difference']:+.2f}, standard error {error:.2f}: "
+                       f"{better} than plain")
+    return "\n\n".join(out)
 
 
 def tables(lines: list[dict]) -> str:
     """Every outcome that is there, of every scale, data set and use of seeds."""
     out = [EXPLAINED]
     for (scale, data, use), group in groups(lines).items():
-        out.append(f"{scale}, trained on {study.DATA[data]}, seeds for {use}")
+        out.append(f"{scale}, trained on {study.DATA[data]}, {use}")
         out.append(table(group))
-        if use == "claims" and data == "scenes":
-            out += ["Claims of the plan:", claims(group)]
-    failed = [f"{line['run']} ({stage})" for line in lines for stage in line["failed"]]
+        if (scale, data, use) == ("nano", "scenes", "seeds for choosing"):
+            out.append(choice(group))
+        if (scale, data, use) == ("nano", "scenes", "seeds for claims"):
+            count = len(study.CLAIMS[0]) * len(study.CLAIMS[1])
+            out += [f"Claims of the plan (intervals are not corrected, Holm's p for all {count}):",
+                    claims(group)]
+    failed = [f"{line['run']} ({stage})" for line in lines
+              for stage in line["failed"] | line.get("retried", {})]
     hours = sum(sum(line["minutes"].values()) for line in lines) / 60
     out.append(f"{len(lines)} runs, {hours:.1f} hours of a core. Failed runs: "
                + (", ".join(failed) or "none"))
@@ -225,7 +271,7 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
         ax.set_title(head.replace("%", "points"), fontsize=9)
         ax.tick_params(labelsize=8)
     fig.suptitle("Specialised minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
-                 "interval. Blue: no difference.", fontsize=9)
+                 "interval, each for itself. Blue: no difference.", fontsize=9)
     fig.savefig(path, dpi=90)
 
 
@@ -245,12 +291,13 @@ def curves(ax, group: dict, arms, points) -> None:
 def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
     """Of the claims on Scenes: study-effects.png; study-steps.png, effects over training steps;
     study-cosines.png, block by block; study-online.png, probes of long runs."""
-    group = every.get(("nano", "scenes", "claims"))
+    group = every.get(("nano", "scenes", "seeds for claims"))
     if not group:
         raise ValueError("no run of nano on Scenes with a seed of the claims is there yet")
     there = {arm: study.ARMS[arm].label for arm in ("norms", "qkv4", "qkv8", "best") if group[arm]}
     draw_effects(file.with_name("study-effects.png"), group, there)
-    long = {arm: f"{steps:,}" for steps, arm in HORIZON.items() if group[arm]}
+    long = {arm: f"{steps:,}\n{len(group[arm])} seeds" for steps, arm in HORIZON.items()
+            if group[arm]}
     if long:
         draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
 

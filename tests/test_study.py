@@ -25,7 +25,7 @@ PUBLISHED = ROOT / "results/first-study.jsonl"
 # What a stage leaves behind, without its work.
 FAKE = """
 import json, pathlib, sys, time
-stage, run, arm, seed = sys.argv[1:]
+stage, run, arm, seed, flags = sys.argv[1:]
 run = pathlib.Path(run)
 run.mkdir(exist_ok=True)
 if (stage, arm) == ("train", "slow"):
@@ -35,7 +35,7 @@ if (stage, arm) == ("train", "bad"):
     sys.exit("error: not finite at step 3")
 if stage == "train":
     config = {"git": "g", "torch": "t", "device": "cpu", "threads": 1}
-    command = f"python train.py --data /secret/pictures --out {run}"
+    command = f"python train.py {flags}".strip() + f" --data /secret/pictures --out {run}"
     config |= {"command": command, "args": {"data": "/secret/pictures"}}
     (run / "config.json").write_text(json.dumps(config))
     log = {"step": 4, "img_per_s": 2.0, "miou": 1.0, "lr": 9}
@@ -59,7 +59,7 @@ def small(monkeypatch, tmp_path):
     real = study.stages
 
     def stages(args, run, data, arm, seed):
-        return {stage: [f"{tmp_path}/fake.py", stage, str(run), arm, str(seed)]
+        return {stage: [f"{tmp_path}/fake.py", stage, str(run), arm, str(seed), study.ARMS[arm].flags]
                 for stage in real(args, run, data, arm, seed)}
 
     def call(*flags):
@@ -90,7 +90,7 @@ def rows(text):
 
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
-    args = SimpleNamespace(tiny="pictures", nyu="nyu", scale=scale)
+    args = SimpleNamespace(tiny=tmp_path / "train", nyu="nyu", scale=scale)
     looks = {}
     for data, arm, seed in study.runs():
         flags = train.parse(study.stages(args, tmp_path / "run", data, arm, seed)["train"][1:])
@@ -98,11 +98,41 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
         looks[arm] = flags.batch_size * flags.steps
     if scale == "nano":
         assert looks["plain"] == 40_000 and abs(looks["qkv8-large"] / looks["plain"] - 1) < 0.01
-        assert (looks["best-x4"], looks["plain-x16"]) == (160_000, 640_000)
+        assert (looks["plain-x4"], looks["plain-x16"]) == (160_000, 640_000)
+
+
+def test_what_is_not_chosen_yet_waits(small, monkeypatch):
+    """An arm that needs the choice is not run, and once it is made, a run of another choice is not taken for it."""
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "best"), (100, 101))])
+    monkeypatch.setitem(study.ARMS, "best", study.Arm(f"--steps 9 {study.NOT_YET}", "best"))
+    assert {line["arm"] for line in small()} == {"plain"}
+    monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms", "best"))
+    assert {line["arm"] for line in small("--workers", 2)} == {"plain", "best"}
+    small("--tables")
+    monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms,qkv", "best"))
+    with pytest.raises(SystemExit, match="scenes-best-100 was made with other flags than its arm has: python train.py --spec norms --data"):
+        small("--tables")
+
+
+def test_the_choice_is_the_plans(small, monkeypatch, capsys):
+    """Over seeds that all have; plain's rate is another one if that is better by more than the standard error of the pairs."""
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "qkv8", "qkv8-k3", "plain-half", "plain-double", "plain-large", "qkv8-large"), (40, 41, 42))])
+    lines = small("--workers", 2)
+    mine = {"qkv8": [1, 1, 1], "qkv8-k3": [2, 2, -9], "plain-half": [0, 2, 4], "plain-double": [-1, 0, 1.5], "qkv8-large": [9, 9, 9]}
+    for d in lines:
+        d["results"]["teacher scenes"]["miou"] = 30 + mine.get(d["arm"], [0] * 3)[d["seed"] - 40]
+    for kept, said in ((lines, "Mean mIoU over seeds [40, 41, 42]: norms, qkv in 8 blocks 31.00, norms, qkv in 8 blocks, copies 3 x 28.33\n"),
+                       ([d for d in lines if d["run"] != "scenes-qkv8-42"], "Mean mIoU over seeds [40, 41]: norms, qkv in 8 blocks, copies 3 x 32.00, norms, qkv in 8 blocks 31.00\n")):
+        small.rewrite(kept)
+        capsys.readouterr()
+        small("--tables")
+        text = capsys.readouterr().out
+        assert said in text and "plain, half the rate: +2.00, standard error 1.15: better than plain" in text
+        assert "plain, twice the rate: +0.17, standard error 0.73: not better than plain" in text
 
 
 def test_arms_are_compared_with_arms_of_the_same_runs_and_no_seed_serves_twice():
-    planned = set(study.runs())
+    planned = {(data, arm, seed) for data, arms, seeds in study.PLAN for arm in arms for seed in seeds}
     for data, arm, seed in planned:
         control = study.ARMS[arm].control
         assert not control or (data, control, seed) in planned, (data, arm, seed)
@@ -121,10 +151,11 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     small("--tables")
     text = capsys.readouterr().out
     table = rows(text)
-    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norm1"]
-    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354"]
-    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", ""]
+    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norms", "the same, Tiny ImageNet"]
+    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354", "50.625 ± 0.354"]
+    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", ""]
     assert table["norms<br>minus plain"][1] == "131.50 ± 0.71<br>+1.00 [+1.00, +1.00]"
+    assert all(line["cpu"] == study.cpu() != "" for line in lines)
     assert "nano, trained on Scenes, seeds for claims" in text and "4 runs, 0.0 hours of a core. Failed runs: none" in text
     small("--list")
     assert "scenes-norms-101         train, scenes, inside" in capsys.readouterr().out
@@ -158,17 +189,19 @@ def test_claims_are_those_of_the_plan_and_corrected_for_their_number(small, monk
     small("--tables")
     text = capsys.readouterr().out
     assert "seeds for choosing" in text and text.count("Claims of the plan") == 1
-    claims = text.split("Claims of the plan:")[1].strip().split("\n\n")[0]
+    claims = text.split("Holm's p for all 24):")[1].strip().split("\n\n")[0]
     found = [line for line in claims.splitlines() if line.startswith("| norms")]
     assert len(found) == 2 and "qkv" not in claims
     miou = [cell.strip() for cell in found[0].split("|")[2:-1]]
-    assert miou[:3] == ["mIoU % ↑", "3", "+1.00 [+0.88, +1.12]"]
+    assert miou[:3] == ["mIoU % ↑", "3 of 3", "+1.00 [+0.88, +1.12]"]
     # 24, although only two are there: those still to come count, too.
     assert float(miou[4]) == pytest.approx(24 * tables.p_value(1 / (0.05 / 3**0.5), 2), abs=2e-3)
 
 
 def test_pictures_of_the_tables(small, monkeypatch):
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "best", "plain-x4", "best-x4"), (100, 101, 102))])
+    for arm, control in (("best", "plain"), ("best-x4", "plain-x4")):
+        monkeypatch.setitem(study.ARMS, arm, study.Arm("--spec norms", arm, control))
     if study.analyze.Figure is None:
         with pytest.raises(SystemExit, match="python -m pip install matplotlib"):
             small("--draw", "--lines", PUBLISHED)
@@ -247,6 +280,12 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
     assert "Failed runs: scenes-bad-0 (train)" in capsys.readouterr().out
     small("--retry")
     assert "bad-0: train FAILED" in capsys.readouterr().out
+    state = small.lines.parent / "scenes-bad-0/study.json"
+    state.write_text(json.dumps(study.state_of(state.parent) | {"failed": {}}))  # as if it had gone well now
+    monkeypatch.setitem(study.ARMS, "bad", study.Arm("", "good", ""))
+    small("--arms", "norms")
+    small("--tables")
+    assert "Failed runs: scenes-bad-0 (train)" in capsys.readouterr().out  # it is still said
 
 
 def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
@@ -302,6 +341,8 @@ def test_the_published_tables_can_be_made(monkeypatch, capsys):
     study.main()
     text = capsys.readouterr().out
     table = rows(text.split("trained on Tiny ImageNet")[0])
+    assert "nano, trained on Scenes, an earlier study" in text and "Claims" not in text
+    assert {"dino-entmax<br>minus dino", "qkv4-half<br>minus plain, half the rate", "registers-qkv4<br>minus registers"} <= table.keys()
     for part in ("32.28 ± 1.51<br>-0.38 [-1.20, +0.43]", "-1.67 [-2.27, -1.07]", "0.420 ± 0.051", "wide<br>minus plain", "31.60 ± 1.58"):
         assert part in str(table), part  # numbers of STUDY.md
     assert "71 runs, 20.8 hours of a core. Failed runs: none" in text

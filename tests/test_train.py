@@ -372,7 +372,6 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"), (["--spec", ","], "argument --spec: names nothing"),
     (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"), (["--root", "x"], "argument --root: is for sets by name"),
-    (["--cls-lr", "3"], "argument --cls-lr: without --spec nothing is specialised"), (["--spec-blocks", "3"], "without --spec nothing is specialised"),
     (["--bench", "1", "--resume"], "argument --bench: times steps of noise"), (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
     (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"), (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised")])
 def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
@@ -380,6 +379,29 @@ def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
         train.parse([*QUICK, *flags])
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1
+
+
+def test_flags_that_specialise_nothing_are_refused(tmp_path):
+    run(tmp_path / "a", "--steps", 1)
+    for flags, words in ((["--cls-lr", 3], "--cls-lr: of no use where --spec is left out"), (["--spec-init", "fresh", "--spec-blocks", 3], "--spec-init and --spec-blocks: of no use"),
+                         (["--spec", "norms", "--spec-blocks", 2], "--spec-blocks: of no use where --spec is norms"), (["--spec", "norms", "--spec-where", "last"], "--spec-where")):
+        for start in ([], ["--init", tmp_path / "a"]):
+            assert words in error(*start, *flags, "--out", tmp_path / "b")
+    assert "dry" not in error("--init", tmp_path / "a", "--cls-lr", 3, "--dry-run") and not (tmp_path / "b").exists()
+
+
+def test_fresh_copies_of_given_weights_leave_the_heads_as_the_controls(tmp_path):
+    run(tmp_path / "a", "--steps", 1)
+    flags = [*QUICK, "--init", str(tmp_path / "a/last.pt"), "--lr", "0", "--steps", "1", "--wd", "0"]
+    students = {}
+    for name, more in (("plain", []), ("fresh", ["--spec", "norms,qkv", "--spec-init", "fresh"]), ("rank", ["--spec", "norms,qkv", "--spec-rank", "2"])):
+        train.main([*flags, *more, "--out", str(tmp_path / name)])
+        students[name] = torch.load(tmp_path / name / "last.pt", weights_only=True)["student"]
+        start = clsspec.load(tmp_path / name / "last.pt", "untrained").state_dict()
+        assert all(torch.equal(students[name][f"backbone.{key}"], v) for key, v in start.items()), name
+    heads = [key for key in students["plain"] if "head" in key]
+    assert heads and all(torch.equal(students["plain"][key], students[name][key]) for name in students for key in heads)
+    assert not torch.equal(students["fresh"]["backbone.blocks.0.attn.qkv.cls.weight"], students["fresh"]["backbone.blocks.0.attn.qkv.patch.weight"])
 
 
 def test_a_stale_environment_of_torchrun_is_said(monkeypatch, tmp_path):

@@ -1390,7 +1390,8 @@ def run(args, rank: int, ranks: int) -> None:
                 own_table(args, folder)
             else:
                 final_table(args)
-    judged = f"{args.init} {args.out} (before and after" if args.init else f"{args.out} (judge more"
+    judged = f"{args.init} {args.out} --data pairs --root LABELLED (before and after" if args.init \
+        else f"{args.out} (judge more"
     say(f"{(time.time() - start) / 60:.1f} minutes; checkpoint {args.out / 'last.pt'}\n"
         f"next: python eval_dense.py {judged}), python analyze.py {args.out} (look inside)"
         + ("; the control: without --spec, another --out" if args.spec else ""))

@@ -983,7 +983,7 @@ def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
     flags = "--init", tmp_path / "w.pth", "--steps"
     run(tmp_path / "a", *flags, 1)
     text = capsys.readouterr().out
-    assert f"next: python eval_dense.py {tmp_path / 'w.pth'} {tmp_path / 'a'} (before and after)" in text
+    assert f"next: python eval_dense.py {tmp_path / 'w.pth'} {tmp_path / 'a'} --data pairs --root LABELLED (before and after)" in text
     assert "w.pth: ViT-Ti/16, 2 blocks, 3 heads" in text and "all 35 tensors of the backbone used" in text and "nano" not in text.replace(str(tmp_path), ""), text
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"], config["model"]["patch"]) == (None, None, 192, 16)

@@ -50,11 +50,11 @@ from torch.utils.flop_counter import FlopCounterMode
 class Specialised(nn.Module):
     """A layer with two sets of weights: the first `rows` tokens pass `cls`, all others `patch`.
 
-    `patch` is `layer` itself, which must return a new tensor; `cls` starts as a copy of it, so at
-    first nothing changes. Each learns from its own tokens alone, and so they part. State-dict names
-    are `name.cls.*` and `name.patch.*`. `rows` is 1, [CLS], or more to take registers along.
-    rank > 0, linear layers only: W_cls = W_patch + up down, `up` = 0 at first (LoRA, 2106.09685);
-    then [CLS] has the patches' bias, and W_patch learns from it too.
+    `patch` is `layer` itself, which must return a new tensor, as its output is written to; `cls`
+    starts as a copy of it, so at first nothing changes. Each learns from its own tokens alone, and
+    so they part. State-dict names are `name.cls.*` and `name.patch.*`. `rows` is 1, [CLS], or more
+    to take registers along. rank > 0, linear layers only: W_cls = W_patch + up @ down, up = 0 at
+    first (LoRA, 2106.09685); then the bias is shared, and W_patch learns from [CLS] too.
     """
 
     def __init__(self, layer: nn.Module, rows: int = 1, rank: int = 0):
@@ -71,8 +71,8 @@ class Specialised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D')
         y_cls = self.cls(x[:, : self.rows])
-        # All tokens pass `patch` and the first rows are written over (so no gradient goes back from
-        # them), which is one product too many for a row, but copies nothing. This says the same:
+        # All tokens pass `patch`, then its first rows are overwritten, so that they send it no
+        # gradient: a product too many for a row, but nothing is copied. This says the same:
         #     torch.cat([self.cls(x[:, :rows]), self.patch(x[:, rows:])], dim=1)
         # and costs a nano step 15 % where this costs 4 % (of a ViT-S step both cost about 1 %).
         y = self.patch(x)
@@ -88,7 +88,8 @@ class Specialised(nn.Module):
 # What can be specialised; norms: norm1, norm2, and LayerScale where there is one.
 COMPONENTS = ("norms", "qkv", "proj", "mlp", "final")
 
-# size: (width D, depth, heads H, patch), of DeiT and ViT; nano is this project's own.
+# size: (width D, depth, heads H, patch), of DeiT and ViT, large with DINOv2's patch; nano is this
+# project's own, which train.py gives an MLP half as wide.
 SIZES = {
     "nano": (64, 12, 2, 8),
     "tiny": (192, 12, 3, 16),
@@ -125,7 +126,7 @@ class Config:
     spec_init: str = "equal"  # [CLS]'s copies start as the patches' do; "fresh": drawn anew
 
 
-# Changes that take specialisation out of a Config; and all of the papers' variants.
+# Changes that take specialisation out of a Config; PLAIN: and all of the papers' variants.
 NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch",
                spec_init="equal")
 PLAIN = NO_SPEC | dict(registers=0, attn="softmax", attn_bias=False, class_attn=0)
@@ -261,7 +262,7 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(shape))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q, k, v, each (B, H, T, d); with a bias k and v have T + 1 rows, it is 0."""
+        """(B, T, D) -> q, k, v, each (B, H, T, d); k and v with a bias: T + 1, it is row 0."""
         q, k, v = rearrange(self.qkv(x), "b t (s h d) -> s b h t d", s=3, h=self.heads)
         if hasattr(self, "bias_k"):
             bias_k, bias_v = (bias.to(k.dtype).expand(len(k), -1, -1, -1)
@@ -275,7 +276,7 @@ class Attention(nn.Module):
         return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); or of the first `asking` tokens alone, which still see all."""
+        """(B, T, D) -> (B, T, D); asking = n: the first n tokens alone ask, of all: (B, n, D)."""
         q, k, v = self.queries_keys_values(x)
         q = q[:, :, :asking]
         # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a
@@ -337,7 +338,7 @@ class Block(nn.Module):
         self.drop_path = c.drop_path
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); or the first `asking` tokens alone, if no others are needed."""
+        """(B, T, D) -> (B, T, D); asking = n: only the first n tokens are needed, (B, n, D)."""
         x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x), asking)), asking)
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
@@ -391,7 +392,7 @@ class ViT(nn.Module):
 
     def initialise(self) -> None:
         """Draw the weights (the patch projection's are torch's own). Those of variants come last,
-        so that all others are as without them."""
+        so that all others are drawn as without them."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         # 0.02 is meant for D >= 384; a narrower layer needs larger weights to pass on as much.
@@ -482,7 +483,7 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
     spec: names from COMPONENTS; blocks: how many blocks get qkv, proj and mlp (None: a third of the
     depth), from the `first` or the `last` one; registers_path: whose weights registers pass. The
     copies start equal, so outputs do not change; with init "fresh" the linear layers among them are
-    drawn anew, as widely spread. An optimiser made before does not know them.
+    drawn anew, with the same std. An optimiser made before does not know them.
     """
     need(not model.config.spec,
          f"this model has {', '.join(model.config.spec)} already; give a plain one")

@@ -20,12 +20,13 @@ neighbour (`koleo`).
 Three recipes, all sets of defaults of one loop: `dinov2` (arXiv 2304.07193), [CLS] and masked
 patches; `dino` (arXiv 2104.14294), [CLS] alone; `deit3` (arXiv 2204.07118), labels in their place.
 Below `--scale large` the scale replaces most of a recipe: `dino` and `dinov2` then differ in iBOT,
-KoLeo, the patches' head, local crops and weight decay.
+KoLeo, the patches' head, the area of local views, how fast weight decay grows, how long prototypes
+rest and how the rate grows with the batch.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
 change nothing, nor do ranks, as long as the global batch is the same, but for what each draws by
-itself (skipped branches, mixup); a resumed run equals an unbroken one. In shapes, V views of B
-pictures have N patches each, of which M in all are masked; D is the width, K the number of
+itself (skipped branches, mixup); a resumed run equals an unbroken one. In shapes: B pictures of
+side S, 2 global and L local views of each, N patches a view, M masked in all, width D, K
 prototypes.
 """
 
@@ -400,7 +401,7 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
 
 
 # --------------------------------------------------------------------------------------------------
-# Views. A view is three small matrices a picture: rows, columns and colours.
+# Views. A view is a picture times three small matrices: for rows, columns and colours.
 
 
 def resample(low: Tensor, high: Tensor, n_in: int, n_out: int) -> Tensor:
@@ -438,8 +439,8 @@ def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     return torch.where(grey[:, None, None], luma, matrix)
 
 
-# What the uniform numbers of a view decide: share and aspect of the crop, as often as it may be
-# drawn, and the rest.
+# What the uniform numbers of a view decide: TRIES shares of the picture in the crop, TRIES aspects
+# of it, of which the first that fits is taken, and one number for each of:
 TRIES = 5
 RANDOM = ("top", "left", "flip", "blur", "sigma", "jitter", "brightness", "contrast", "saturation",
           "hue", "grey", "solarise")
@@ -690,7 +691,8 @@ def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, vie
 def koleo(z: Tensor) -> Tensor:
     """Push embeddings off their nearest neighbour: -mean_i log(min_j |z_i - z_j| + 1e-8), in nats.
 
-    z: (B, D), scaled to unit norm here; neighbours are looked for on all ranks. arXiv 1806.03198.
+    z: (B, D), scaled to unit norm here, of one view: two of a picture may well be near each other.
+    Neighbours are looked for on all ranks. arXiv 1806.03198.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     z = F.normalize(z.float(), dim=-1)
@@ -746,7 +748,7 @@ class Network(nn.Module):
             self.register_buffer(name, torch.zeros(args.prototypes))
 
     def forward(self, global_views: Tensor, local_views=None, mask=None, chosen=None):
-        """Views (2 B, ..), (L B, ..); mask: (2 B, N); chosen: (M,) numbers of patches among 2 B N.
+        """Views (2 B, ..), (L B, ..); mask: (2 B, N); chosen: (M,) indices into all 2 B N patches.
 
         Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K);
         supervised, of views (B, ..), logits of classes (B, classes).
@@ -854,8 +856,11 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
     groups, apart = {}, ["last", "patch_embed"]
-    # Only where they have a rate of their own, so that old checkpoints have the same groups.
-    apart += ["cls"] * (args.cls_lr != 1) + ["cls_head", "patch_head"] * (args.head_lr != 1)
+    # A factor of 1 makes no group, so that old checkpoints, without such factors, have the same.
+    if args.cls_lr != 1:
+        apart += ["cls"]
+    if args.head_lr != 1:
+        apart += ["cls_head", "patch_head"]
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
         if args.supervised:  # DeiT's are free, DINO's and DINOv2's are not
@@ -868,8 +873,8 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     """Give each group its learning rate and weight decay of this step."""
-    # [CLS]'s copies learn from one token a view, the patches' from dozens; heads that start at
-    # random have farther to go than a backbone that does not.
+    # Factors are 1 unless asked for: [CLS]'s copies learn from one token a view, the patches' from
+    # dozens; heads, which --init leaves at random, have farther to go than its backbone.
     factors = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr,
                **dict.fromkeys(("cls_head", "patch_head", "last"), args.head_lr)}
     for group in optimizer.param_groups:
@@ -892,15 +897,15 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
                rank: int = 0, ranks: int = 1) -> tuple[dict, dict]:
     """One step on pictures uint8 (B, 3, S, S): views, loss, gradient, AdamW, teacher.
 
-    learner: the student, or DistributedDataParallel around it. Returns the schedules' numbers and,
-    as scalars on the device, so that nothing waits for a GPU, what is to be logged.
+    learner: the student, or DistributedDataParallel around it. Returns the schedules' numbers, and
+    scalars to log, which are left on the device: to read one would wait for the GPU.
     """
     student, now = getattr(learner, "module", learner), schedule(args, step, ranks)
     set_rates(args, optimizer, now, step)
-    # What is drawn elsewhere, stochastic depth and mixup, depends on the step too: runs can be
-    # resumed.
+    # Stochastic depth and mixup draw from torch's own generator: seeded by the step, so that runs
+    # can be resumed.
     torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
-    # Views of the pictures; what the networks make of them; how far apart; one step closer.
+    # Views of the pictures and masks; both networks' answers and the loss; one step.
     given = inputs(args, img, labels, student.backbone.config.patch, step, rank, ranks)
     if args.supervised:
         terms, meters = supervise(learner, teacher, *given)
@@ -1290,7 +1295,7 @@ def final_table(args) -> None:
     start, end = found
     # A point of mIoU may be chance.
     better = end["miou"] > start["miou"] + 1 and end["rmse"] < start["rmse"]
-    look = "`bce`" if args.supervised else "`dino` and `usage`"
+    look = "`bce`" if args.supervised else "`dino`, `entropy` and `cls_std`"
     print("It has learnt: both are better than before." if better else
           f"It has learnt little: train longer, or look at {look} in log.jsonl.")
     rows = {words: rows[words] for words in sorted(rows, key=lambda words: words.endswith("depth"))}

@@ -6,9 +6,9 @@
     python analyze.py --compare "runs/plain-*" "runs/spec-*"   # two groups, paired over seeds
 
 Numbers go to analysis.json in --out, pictures beside it, to NAME.png; all but pca.png and maps.png
-want matplotlib. --out is the first model's folder (what is of another model then goes to its own, too),
-of weights runs/FILE, of --compare the folder that all runs are in. P1: arXiv 2602.08626, P2: arXiv
-2605.23868. "Ours": a paper's formula is unknown.
+want matplotlib. --out is the first model's folder (what is of another model then goes to its own,
+too), of weights runs/FILE, of --compare the folder that all runs are in. P1: arXiv 2602.08626, P2:
+arXiv 2605.23868. "Ours": a paper's formula is unknown.
 
 cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with other patches, at
              four points of a block: `before norm`, what enters it; `after norm`, what leaves norm1;

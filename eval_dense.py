@@ -1064,7 +1064,7 @@ def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float)
     weight = start.clone().requires_grad_()
     # The loss is convex, so there is one optimum, and a method without a rate or a schedule to tune
     # finds it; what differs between two networks is then theirs, not the tuning's.
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,  # no rate to choose
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,
                                   line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -454,8 +454,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
 
     img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: the
     crop's share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in
-    pixels;
-    strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
+    pixels; strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
     """
     h, w = img.shape[-2:]
     u_share, u_ratio, u = u[:, :TRIES], u[:, TRIES : 2 * TRIES], u[:, 2 * TRIES :]

@@ -116,6 +116,7 @@ def walk(model: ViT, img: Tensor):
     c = model.config
     grid = (img.shape[-2] // c.patch, img.shape[-1] // c.patch)
     cls, x = model.embed(img)  # (B, 1, D), (B, R + N, D)
+    # As ViT.forward and Block.forward do it, but each step by itself, so that it can be looked at.
     for i, block in enumerate(model.blocks):
         joined = i >= model.join
         if i == model.join:
@@ -308,6 +309,7 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
     border[1:-1, 1:-1] = False
     out = defaultdict(list)
     for v in kept["norm"]:  # (P, N)
+        # A model that parks global information in some patches makes them far longer than others.
         odd = v > 3 * v.median()  # the median of all pictures together
         out["median"].append(v.median().item())
         out["p99"].append(v.quantile(0.99).item())
@@ -329,6 +331,7 @@ def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, l
     x = x.double()
     fit = x.flatten(0, 1) if keep is None else x[keep]
     x, fit = x - fit.mean(0), fit - fit.mean(0)  # x as well: its sign is a side of that mean
+    # Of D x D: that of all patches by all dimensions has the same axes, and is far larger.
     size, axes = torch.linalg.eigh(fit.T @ fit)  # from the smallest to the largest
     return x @ axes.flip(1)[:, :k], (100 * size.flip(0)[:k] / size.sum()).tolist()
 
@@ -529,6 +532,7 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
         fits = {order: cosine[range(3), order].abs().sum() for order in permutations(range(3))}
         order = list(max(fits, key=fits.get))
         pc = pc[order] * cosine[range(3), order].sign()[:, None, None, None]
+        # Without the outermost hundredths: a few extreme patches would leave all others grey.
         ends = pc[:, keep].quantile(torch.tensor([0.01, 0.99]).double(), dim=1)  # (2, 3)
         low, high = ends[..., None, None, None]
         colour = ((pc - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * keep
@@ -618,7 +622,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 def interval(a: Tensor, b: Tensor) -> dict:
     """Values of n pairs -> means, mean difference b - a and its 95 % interval; none if n = 1."""
-    d, n = b - a, len(a)
+    d, n = b - a, len(a)  # what both of a pair share, first weights and pictures, cancels
     half = T95[min(n - 1, 30) - 1] * (d.std() / n**0.5).item() if n > 1 else math.nan
     mean = d.mean().item()
     return {"a": a.mean().item(), "b": b.mean().item(), "difference": mean, "n": n,

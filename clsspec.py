@@ -187,6 +187,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch: int, width: int):
         super().__init__()
+        # As wide as its stride: one linear layer, on each patch by itself.
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, img: Tensor) -> Tensor:
@@ -272,13 +273,13 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, H, T, d), (B, H, T', d) -> attention (B, H, T, T'), rows sum to 1."""
-        scores = q @ (k * k.shape[-1] ** -0.5).mT
+        scores = q @ (k * k.shape[-1] ** -0.5).mT  # k has fewer numbers to scale than the scores
         return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); asking = n: the first n tokens alone ask, of all: (B, n, D)."""
         q, k, v = self.queries_keys_values(x)
-        q = q[:, :, :asking]
+        q = q[:, :, :asking]  # after the last block nobody reads patches, if the loss wants [CLS]
         # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a
         # step of nano, which has 37.
         few = k.shape[2] < 64 and x.device.type == "cpu"
@@ -329,7 +330,7 @@ class Block(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(c.width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(c.width, eps=1e-6)  # DINO's and DINOv2's; torch's is 1e-5
         self.attn = Attention(c)
         self.ls1 = LayerScale(c.width, c.layerscale) if c.layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(c.width, eps=1e-6)
@@ -434,7 +435,7 @@ class ViT(nn.Module):
         need(height % p == width % p == 0, f"picture of {height} x {width} px: both sides must be "
              f"multiples of the patch, {p} px; resize or crop it")
         x = self.patch_embed(img)  # (B, N, D)
-        if mask is not None:
+        if mask is not None:  # a hidden patch keeps its position: what was there is asked for
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(height // p, width // p)
         x = x + positions[:, 1:]

@@ -900,6 +900,7 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     scalars to log, which are left on the device: to read one would wait for the GPU.
     """
     student, now = getattr(learner, "module", learner), schedule(args, step, ranks)
+    # By schedule: large steps first, small ones to settle; a teacher that follows ever more slowly.
     set_rates(args, optimizer, now, step)
     # Stochastic depth and mixup draw from torch's own generator: seeded by the step, so that runs
     # can be resumed.
@@ -913,6 +914,7 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     loss = sum(terms.values())
     optimizer.zero_grad()
     loss.backward()
+    # One odd batch must not undo what many have learnt.
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
     optimizer.step()
     # The teacher follows: an average of many students is mostly better than the last of them.

@@ -213,6 +213,19 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
             return  # what is not trained to its end is not judged
 
 
+def copies(run: Path) -> dict[str, float]:
+    """How far [CLS]'s copies have gone from the patches': |W_cls - W_patch| / |W_patch| of the
+    teacher's layers, mean over those of each name; empty for a plain network."""
+    file, found = run / "last.pt", {}
+    weights = torch.load(file, weights_only=True)["teacher"] if file.exists() else {}
+    for name, w_cls in weights.items():
+        if name.endswith(".cls.weight"):
+            *_, layer, _, _ = name.split(".")  # norm1, norm2, qkv
+            w_patch = weights[name.replace(".cls.", ".patch.")]
+            found.setdefault(layer, []).append((w_cls - w_patch).norm() / w_patch.norm())
+    return {layer: round(torch.stack(each).mean().item(), 4) for layer, each in found.items()}
+
+
 def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -> dict:
     """What a run's files say, as a line of study.jsonl."""
     state, config = state_of(run), read_json(run / "config.json")
@@ -228,6 +241,7 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
     for result, found in analyze.numbers_of(run).items():
         result = result.replace(f"cosines {Path(pictures).name},", "cosines tiny,")
         results[result] = {metric: round(x, 4) for metric, x in found.items()}
+    results |= {"copies": parted} if (parted := copies(run)) else {}
     cosines = read_json(run / "analysis.json").get("cosines", {}).get("models", {})
     by_block = cosines.get(run.name, {}).get("after norm cls_patch", ())
     return {

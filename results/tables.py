@@ -30,6 +30,8 @@ OUTCOMES = {
     "shared part": (COSINES, "shared", 3),
     "neighbour excess": (COSINES, "neighbours", 3),
     "neighbour excess, centred": (COSINES, "neighbours centred", 3),
+    "copies apart, QKV": ("copies", "qkv", 3),
+    "copies apart, norm1": ("copies", "norm1", 3),
     "online mIoU, late - middle": ("drift", "miou", 2),
     "online RMSE, late - middle": ("drift", "rmse", 3),
     "online k-NN, late - middle": ("drift", "knn", 2),

@@ -101,6 +101,20 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
         assert (looks["plain-x4"], looks["plain-x16"]) == (160_000, 640_000)
 
 
+def test_a_line_says_how_far_apart_the_copies_are(tmp_path):
+    student, teacher = (clsspec.ViT(clsspec.config("nano", spec=("norms", "qkv"), spec_blocks=2, image_size=48)) for _ in range(2))
+    for i, block in enumerate(teacher.blocks):
+        block.norm1.cls.weight.data += 0.1 * i  # weights are 1 at first, so 0 to 1.1 of what they are
+    for block, factor in zip(teacher.blocks, (3, 2)):
+        block.attn.qkv.cls.weight.data = factor * block.attn.qkv.patch.weight.data
+    assert study.copies(tmp_path) == {}
+    torch.save({name: {f"backbone.{k}": v for k, v in vit.state_dict().items()} for name, vit in (("student", student), ("teacher", teacher))},
+               tmp_path / "last.pt")
+    assert study.copies(tmp_path) == {"norm1": 0.55, "norm2": 0.0, "qkv": 1.5}
+    (tmp_path / "config.json").write_text("{}")
+    assert study.line_of(tmp_path, tmp_path, "nano", "scenes", "qkv8", 40)["results"]["copies"]["qkv"] == 1.5
+
+
 def test_what_is_not_chosen_yet_waits(small, monkeypatch):
     """An arm that needs the choice is not run, and once it is made, a run of another choice is not taken for it."""
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "best"), (100, 101))])

@@ -1136,7 +1136,7 @@ def describe(args, network: Network, ranks: int) -> None:
     print(f"  backbone          {total / 1e6:10.3f} M parameters, of them {copies / 1e6:.3f} M "
           f"[CLS] copies\n  which is           {clsspec.described(network.backbone)}")
     if args.found:
-        print(f"  pictures           {args.found}")
+        print(f"  pictures           {args.found.partition(' (')[0]}")  # not their checksum
     if copies and not args.init:  # whose shape is what it is
         print(f"  plain, as many    --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     outputs = f"{args.classes} classes" if args.supervised else f"K = {args.prototypes}"

@@ -222,6 +222,34 @@ def choice(group: dict) -> str:
     return "\n\n".join(out)
 
 
+FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
+
+
+def slopes(group: dict) -> str:
+    """A line an outcome: what a doubling of the copies' learning rate changes. A slope a seed, by
+    least squares over FASTER; both depths share it, but each has a level of its own."""
+    out = []
+    for head, (result, metric, digits) in OUTCOMES.items():
+        each = []
+        for seed in study.CHOOSE:
+            found = []  # of a depth: (factors, 2), log2 of the factor and the number
+            for arm in ("qkv4", "qkv8"):
+                arms = [arm if k == 1 else f"{arm}-k{k}" for k in FASTER]
+                values = [numbers(group[name], result, metric).get(seed) for name in arms]
+                if None not in values:
+                    at = torch.tensor([*zip(map(math.log2, FASTER), values)]).double()
+                    found.append(at - at.mean(0))
+            if found:
+                x, y = torch.cat(found).T
+                each.append((x @ y) / (x @ x))
+        if len(each) > 1:
+            d = analyze.interval(torch.zeros(len(each)), torch.stack(each))
+            middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+            out.append(f"| {head} | {len(each)} | {middle} [{low}, {high}] |")
+    title = "| copies' learning rate, each doubling | seeds | change [95 % interval] |"
+    return "\n".join([title, "| --- | --- | --- |", *out]) if out else ""
+
+
 def tables(lines: list[dict]) -> str:
     """Every outcome that is there, of every scale, data set and use of seeds."""
     out = [EXPLAINED]
@@ -229,7 +257,7 @@ def tables(lines: list[dict]) -> str:
         out.append(f"{scale}, trained on {study.DATA[data]}, {use}")
         out.append(table(group))
         if (scale, data, use) == ("nano", "scenes", "seeds for choosing"):
-            out.append(choice(group))
+            out += [choice(group), slopes(group)]
         if (scale, data, use) == ("nano", "scenes", "seeds for claims"):
             count = len(study.CLAIMS[0]) * len(study.CLAIMS[1])
             out += [f"Claims of the plan (intervals are not corrected, Holm's p for all {count}):",

@@ -1,6 +1,7 @@
 """The command behind results/STUDY.md: it does what is left, stops in time, and writes down what it found."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,23 @@ def test_the_choice_is_the_plans(small, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert said in text and "plain, half the rate: +2.00, standard error 1.15: better than plain" in text
         assert "plain, twice the rate: +0.17, standard error 0.73: not better than plain" in text
+
+
+def test_what_a_doubling_of_the_copies_rate_changes(small, monkeypatch, capsys):
+    """Two points each, with four blocks 7 higher than with eight, in each seed at another level; and 2 more or less by chance."""
+    arms = {f"qkv{n}" if k == 1 else f"qkv{n}-k{k}": (n, k) for n in (4, 8) for k in (1, 2, 3, 5, 10)}
+    monkeypatch.setattr(study, "PLAN", [("scenes", tuple(arms), (40, 41))])
+    lines = small("--workers", 2)
+    for d in lines:
+        n, k = arms[d["arm"]]
+        d["results"]["teacher scenes"]["miou"] = 7 * (n == 4) + (2 + 0.1 * (-1) ** d["seed"]) * math.log2(k) + d["seed"]
+    small.rewrite(lines)
+    capsys.readouterr()
+    small("--tables")
+    assert "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] |\n" in capsys.readouterr().out  # 12.706 * 0.1
+    small.rewrite([d for d in lines if d["run"] != "scenes-qkv4-k3-40"])  # then of seed 40 it is that of eight blocks alone
+    small("--tables")
+    assert "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] |\n" in capsys.readouterr().out
 
 
 def test_arms_are_compared_with_arms_of_the_same_runs_and_no_seed_serves_twice():

@@ -292,10 +292,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--lines", type=Path, help="file of numbers (default: ROOT/study.jsonl)")
     p.add_argument("--minutes", type=within(float, 0, 1e6), default=60, help="limit (default: 60)")
     p.add_argument("--workers", type=within(int, 1, 64), default=1, help="runs at once, default 1")
-    p.add_argument("--threads", type=within(int, 1, 64), default=1,
-                   help="of each run; others round otherwise and make no pairs (default: 1)")
     p.add_argument("--scale", choices=SCALES, default="nano", help="(default: nano)")
-    p.add_argument("--data", choices=list(DATA), help="only runs that train on this")
     p.add_argument("--arms", type=names, help="only these arms, a comma list")
     p.add_argument("--tiny", type=folder, help="Tiny ImageNet's train/, beside its val/; runs on it "
                    "are else left out")
@@ -309,8 +306,6 @@ def parse() -> argparse.Namespace:
     unknown = [arm for arm in args.arms or () if arm not in known]
     if unknown:
         p.error(f"argument --arms: no {', '.join(unknown)}; the plan has {', '.join(known)}")
-    if args.data == "tiny" and not args.tiny:
-        p.error("argument --data: tiny needs --tiny, the folder of Tiny ImageNet's pictures")
     return args
 
 
@@ -323,7 +318,7 @@ def run(args) -> None:
         need(analyze.Figure, "pictures want matplotlib: python -m pip install matplotlib")
         return tables.draw(file, tables.groups(read(file)))
     wanted = [(data, arm, seed) for data, arm, seed in runs() if arm in (args.arms or [arm])
-              and data == (args.data or data) and (data != "tiny" or args.tiny)]
+              and (data != "tiny" or args.tiny)]
     if args.scale != "nano":  # whose are the lengths and rates of all other arms
         wanted = [one for one in wanted if one[1] in ("plain", "norms", "qkv4", "qkv8")]
     if args.list:
@@ -334,7 +329,7 @@ def run(args) -> None:
         return
     args.root = args.root.absolute()
     args.root.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the commands inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"  # the commands inherit it; others round otherwise: no pairs
     end = time.time() + 60 * args.minutes
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each command is ended, then we
         signal.signal(number, lambda *_: STOP.set())

@@ -353,7 +353,7 @@ def test_another_house_is_run(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--arms", "plain,typo"], "no typo; the plan has plain"), (["--data", "tiny"], "needs --tiny"),
+    (["--arms", "plain,typo"], "no typo; the plan has plain"),
     (["--nyu", "nowhere"], "there is no folder"), (["--workers", "0"], "outside 1 to 64"),
     (["--minutes", "nan"], "outside 0")], ids=str)
 def test_what_cannot_be_is_said_in_one_line(small, capsys, flags, said):

@@ -650,7 +650,7 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--checkpointing"], ["--recipe", "dino"],
-                                   ["--no-separate-head"], ["--mask-share", "0"], ["--head-norm", "none"]])
+                                   ["--no-separate-head"], ["--mask-share", "0"], ["--head-norm", "none"], ["--spec-init", "fresh"]])
 def test_other_ways_to_run(tmp_path, flags):
     run(tmp_path / "a", "--spec", "norms,qkv,proj,mlp,final", "--layerscale", "0.1", "--steps", 2, *flags)
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged(tmp_path / "a"))

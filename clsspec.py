@@ -498,7 +498,7 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
         setattr(parent, name, both)
         linear = [m for m in both.cls.modules() if isinstance(m, nn.Linear)]
         for m in linear if c.spec_init == "fresh" else []:
-            nn.init.normal_(m.weight, std=m.weight.std().item())
+            m.weight.data = torch.randn_like(m.weight) * m.weight.data.std()
 
     for i, block in enumerate(model.blocks):
         if "norms" in c.spec:  # in every block

@@ -68,6 +68,8 @@ def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
              "move its folder away, and its line")
         group = out.setdefault((line["scale"], line["data"], use), {arm: {} for arm in study.ARMS})
         line["results"]["drift"] = drift(line["probes"])
+        if line["git"] in study.HOUSES:
+            line["git"] = study.HOUSES[0]
         group.setdefault(line["arm"], {})[line["seed"]] = line
         # The network at step 0 was judged beside the trained one; here it is an arm of its own.
         untrained = {result.replace("untrained", "teacher"): found

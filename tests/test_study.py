@@ -125,7 +125,7 @@ def test_what_is_not_chosen_yet_waits(small, monkeypatch):
     assert {line["arm"] for line in small("--workers", 2)} == {"plain", "best"}
     small("--tables")
     monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms,qkv", "best"))
-    with pytest.raises(SystemExit, match="scenes-best-100 was made with other flags than its arm has: python train.py --spec norms --data"):
+    with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm has: python train.py --spec norms --data"):
         small("--tables")
 
 
@@ -290,6 +290,17 @@ def test_a_line_names_no_folder_of_this_machine(small, monkeypatch, tmp_path):
     assert line["command"] == "python train.py --data path/to/tiny_imagenet --out runs/study/tiny-plain-0"
     assert "cosines tiny, mean over blocks of 256 pictures" in line["results"]
     assert "secret" not in json.dumps(line) and str(tmp_path) not in json.dumps(line)
+
+
+def test_runs_of_the_studys_two_commits_are_pairs(small, capsys):
+    lines = small("--workers", 2)
+    for git, pair in ((study.HOUSES, True), (("ec40638", "0ther"), False)):
+        for line in lines:
+            line["git"] = git[line["arm"] == "norms"]
+        small.rewrite(lines)
+        capsys.readouterr()
+        small("--tables")
+        assert ("+1.00 [+1.00, +1.00]" in capsys.readouterr().out) == pair
 
 
 def test_runs_with_other_threads_are_no_pair(small, capsys):

@@ -207,8 +207,9 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         elif STOP.is_set() or time.time() > end:  # we ended it
             state["before"][stage] = minutes
             said = "is not done, and goes on with the next call"
-        else:  # it ended by itself: the end of what it said goes into study.jsonl
-            state["failed"] = {stage: log.read_text()[-500:]}
+        else:  # it ended by itself: its last words go into study.jsonl
+            words = log.read_text().strip() or f"exit code {code}"
+            state["failed"] = {stage: words.splitlines()[-1][-500:]}
             said = f"FAILED, see {log}"
         write(run / "study.json", json.dumps(state))
         print(f"{name}: {stage} {said}", flush=True)

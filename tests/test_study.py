@@ -316,7 +316,7 @@ def test_a_failure_is_written_down_and_not_tried_again(small, monkeypatch, capsy
     monkeypatch.setattr(study, "PLAN", [("scenes", ("bad", "norms"), (0,))])
     lines = small()
     assert [d["run"] for d in lines] == ["scenes-bad-0", "scenes-norms-0"] and not lines[1]["failed"]
-    assert "not finite at step 3" in lines[0]["failed"]["train"]
+    assert lines[0]["failed"] == {"train": "error: not finite at step 3"}
     capsys.readouterr()
     assert len(small()) == 2 and capsys.readouterr().out == ""
     small("--tables")

@@ -183,7 +183,7 @@ def claims(group: dict) -> str:
     for the number of claims that the plan has."""
     arms, outcomes = study.CLAIMS
     found = []
-    for arm, (head, what) in product(arms, OUTCOMES.items()):
+    for arm, (head, what) in product(dict.fromkeys(arms), OUTCOMES.items()):
         d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:
             found.append((arm, head, what[2], d))
@@ -273,7 +273,7 @@ def tables(lines: list[dict]) -> str:
 
 
 SHOWN = "mIoU % ↑", "RMSE m ↓", "linear % ↑", "k-NN % ↑"
-HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
+HORIZON = {1250: study.BEST_ARM, 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
 
 
 def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:

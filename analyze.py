@@ -48,9 +48,6 @@ maps         A column a picture. Of each model and head of --block: where [CLS] 
              each patch, white is the head's largest on that picture; the table says how much of the
              weight is on patches, on [CLS] itself, registers and bias. And how alike all patches of
              the block are to one of them, --patch, framed: white is cosine 1, black 0 or less
-cost         Each model, and every variant of its size: parameters; GFLOPs of a picture, 2 for a
-             multiply-add; what the forward pass keeps for the backward one, MiB a picture, in fp32.
-             Time: `python train.py --spec norms,qkv --bench 20`. (P1: +8 % parameters, +0 % FLOPs)
 """
 
 import argparse
@@ -61,7 +58,7 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations, zip_longest
 from pathlib import Path
 
@@ -87,8 +84,7 @@ from clsspec import Config, ViT, need
 from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_line, read_json,
                         read_log, read_picture, scenes_gib, strict, within)
 
-WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps",
-        "cost")
+WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps")
 POINTS = ("before norm", "after norm", "attention", "after attention")
 
 # --------------------------------------------------------------------------------------------------
@@ -170,6 +166,7 @@ def cosines(step: Step) -> dict[str, Tensor]:
 def neighbour_excess(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches (B, N, D) -> how much more alike neighbours are than any two, in cosine: (B,)."""
     unit, n = F.normalize(x, dim=-1), x.shape[1]
+    # Taken off below: a network whose patches are all alike knows nothing of places.
     every = (unit.sum(1).square().sum(1) - n) / (n * (n - 1))
     unit = unit.unflatten(1, grid)  # (B, h, w, D)
     beside = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1).flatten(1)
@@ -200,6 +197,7 @@ def attention(step: Step) -> dict[str, Tensor]:
         return {}
     w = step.attention.float()  # (B, H, queries, keys); keys are [bias, CLS, registers, patches]
     seen = step.first + step.bias  # the first patch among the keys
+    # entr(w) = -w log w, and 0 where w is 0, as entmax makes many.
     entropy = torch.special.entr(w).sum(-1)  # (B, H, queries)
     support = (w > 0).float().sum(-1)
     nothing = torch.full_like(entropy[:, :, 0], math.nan)
@@ -321,6 +319,7 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
 
 def auc(score: Tensor, truth: Tensor) -> float:
     """Area under the ROC curve: how often a true one scores above a false one; ties count half."""
+    # Of all pairs: no threshold has to be chosen, and it does not matter how many are true.
     a, b = score[truth][:, None], score[~truth]
     return ((a > b).double() + (a == b).double() / 2).mean().item()
 
@@ -406,45 +405,6 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
     return out
 
 
-VARIANTS = {"plain": {}, "norms": dict(spec=("norms",)),
-            "norms, qkv in a third": dict(spec=("norms", "qkv"), spec_blocks=None),
-            "4 registers": dict(registers=4), "attention bias": dict(attn_bias=True),
-            "entmax15": dict(attn="entmax15"), "class attention, 2 blocks": dict(class_attn=2)}
-
-
-def kept_mib(model: ViT, img: Tensor) -> float:
-    """What a forward pass keeps for the backward pass, without the weights, MiB."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(x):
-        # By address, so that no memory counts twice; and the storage is held, so that its address
-        # is not given out again. The graph gets nothing: there will be no backward pass.
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-        model(img)
-    return sum(kept[at].nbytes() for at in kept.keys() - weights) / 2**20
-
-
-def cost(kept: dict, s: Subject) -> dict[str, dict]:
-    """{variant of the model's size, or "this model": parameters, GFLOPs and MiB of a picture}."""
-    # Two pictures: with one, some tensors are views that a batch would have to copy.
-    img = torch.zeros(2, 3, *s.img.shape[-2:])
-    plain = replace(s.model.config, **clsspec.PLAIN)
-    variants = {name: clsspec.checked(replace(plain, **v)) for name, v in VARIANTS.items()}
-    out = {}
-    for name, c in (variants | {"this model": s.model.config}).items():
-        with torch.device("meta"):
-            model = ViT(replace(c, drop_path=0.0))
-        model = model.to_empty(device="cpu")  # no weight is looked at, and to draw them takes long
-        out[name] = {"parameters": clsspec.parameters(model)[0],
-                     "gflops": clsspec.flops(c, *img.shape[-2:]) / 1e9,
-                     "kept_mib": kept_mib(model, img) / len(img)}
-    return out
-
-
 # --------------------------------------------------------------------------------------------------
 # The table of measures, from which come numbers, printed tables and figures.
 
@@ -488,7 +448,6 @@ MEASURES = {
         ("linear probe", "%", 2, {"mIoU": "miou"})]),
     "degradation": (None, degradation, [
         ("teacher's online probe", UNITS[name], 3, {WORDS[name]: name}) for name in METRICS]),
-    "cost": (None, cost, []),
 }
 BLOCKS = {what: [key for *_, lines in panels for key in lines.values()]
           for what, (*_, panels) in MEASURES.items() if what != "degradation"}
@@ -679,7 +638,7 @@ def compare(a: str, b: str) -> dict[str, dict]:
     if not seeds:
         raise ValueError(f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} "
                          f"{sorted(second)}; quote the patterns, train both with equal --seed")
-    differ = set()
+    differ = set()  # said beside the result: it should be what is compared, and nothing else
     for seed in seeds:
         other = second[seed][1]
         differ |= {flag for flag, value in first[seed][1].items() if value != other.get(flag)}
@@ -725,20 +684,13 @@ def show(columns: list[list[str]]) -> None:
 
 
 def table(what: str, model: str, numbers: dict) -> None:
-    """Print a line a block; of `degradation` a line a metric, of `cost` a line a variant."""
+    """Print a line a block; of `degradation` a line a metric."""
     print(f"\n{what}: {model}")
     columns = [["", *numbers]]
     if what == "degradation":
         for key, title in (("best", "best"), ("last", "last"), ("lost", "lost since")):
             columns.append([title, *(f"{n[key]:.3f}" for n in numbers.values())])
         columns.append(["step of the best", *(str(n["best_step"]) for n in numbers.values())])
-    elif what == "cost":
-        for key, title, one in (("parameters", "M parameters", 1e6), ("gflops", "GFLOPs", 1),
-                                ("kept_mib", "kept, MiB", 1)):
-            values = [n[key] for n in numbers.values()]
-            columns.append([title, *(f"{value / one:.2f}" for value in values)])
-            more = [100 * (value / values[0] - 1) for value in values]
-            columns.append(["vs plain", *(f"{percent:+.1f} %" for percent in more)])
     elif what == "pca":
         for i, share in enumerate(numbers["share"]):
             columns.append([f"component {i + 1}", f"{share:.1f} %"])
@@ -934,7 +886,7 @@ def subjects_of(args) -> list[Subject]:
 
 def key_of(what: str, args) -> str:
     """A result's name in analysis.json: what is not as usual stands in it."""
-    if what in ("degradation", "cost"):
+    if what == "degradation":
         return what
     words = [what] if args.network == "teacher" else [what, args.network]
     words += [Path(p).name for p in (args.data, args.root) if p not in ("scenes", "")]
@@ -1008,13 +960,6 @@ def run(args) -> Path:
         draw_gains(out / "gains.png", results["dimensions"])
     if not any(results.values()):
         raise ValueError("nothing was measured")
-    if "cost" in args.what:
-        with torch.device("meta"):
-            ours = ViT(clsspec.config("large", image_size=518, spec=("norms", "qkv")))
-        total, added = clsspec.parameters(ours)
-        print(f"\nThe paper's ViT-L, norms everywhere and qkv in 8 of 24 blocks: "
-              f"{added / (total - added):+.1%} parameters, as many FLOPs.\n"
-              "To time steps: python train.py --spec norms,qkv --bench 20")
     return out
 
 

@@ -422,8 +422,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_everything_of_two_runs(trained, capsys, monkeypatch):
-    monkeypatch.setattr(analyze, "VARIANTS", {"plain": {}})
+def test_everything_of_two_runs(trained, capsys):
     analyze.main([str(trained / "plain"), str(trained / "spec"), "--pictures", "4", "--out", str(trained / "both")])
     text, saved = capsys.readouterr().out, json.loads((trained / "both" / "analysis.json").read_text())
     assert saved.keys() == set(analyze.WHAT)
@@ -436,7 +435,7 @@ def test_everything_of_two_runs(trained, capsys, monkeypatch):
     assert Image.open(trained / "both" / "pca.png").size == (96 + 4 * 116, 3 * 116 + 4)
     made = {f.name for f in (trained / "both").glob("*.png")}
     if importlib.util.find_spec("matplotlib"):
-        drawn = set(analyze.WHAT) - {"cost"} | {"gains"}
+        drawn = {*analyze.WHAT, "gains"}
         assert made == {f"{w}.png" for w in drawn} and "without matplotlib" not in text
     else:
         assert made == {"pca.png", "maps.png"} and "python -m pip install matplotlib" in text
@@ -504,14 +503,12 @@ def test_class_attention_has_no_cls_at_first(tmp_path):
 
 def test_models_of_two_sizes(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(clsspec.SIZES, "tiny", (48, 3, 3, 4))
-    monkeypatch.setattr(analyze, "VARIANTS", {"plain": {}})
     train.main(QUICK + ["--size", "tiny", "--patch", "4", "--out", str(tmp_path / "tiny")])
-    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), "--what", "attention,pca,cost", "--pictures", "2",
+    analyze.main([str(trained / "plain"), str(tmp_path / "tiny"), "--what", "attention,pca", "--pictures", "2",
                   "--image-size", "32", "--out", str(tmp_path / "both")])
     saved = json.loads((tmp_path / "both" / "analysis.json").read_text())
-    pca, cost = saved["pca image_size=32"]["made"], saved["cost"]["models"]
+    pca = saved["pca image_size=32"]["made"]
     assert pca["grids"] == {"plain": [4, 4], "tiny": [8, 8]} and pca["pictures"]["tiny"] == 2
-    assert cost["plain"]["this model"] == cost["plain"]["plain"] != cost["tiny"]["this model"]
     assert "attention does not compare" in capsys.readouterr().out
 
 
@@ -573,7 +570,7 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
     (["x", "--compare", "a", "b"], "--compare and nothing else"),
-    (["x", "--what", "cost,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
+    (["x", "--what", "norms,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
     (["x", "--patch", "3"], "'3' is not ROW,COLUMN"), (["x", "--patch", "1,a"], "'a' is not a whole number"), (["x", "--block", "0"], "--block: 0 is outside"),
     (["x", "--background", "0,sky"], "--background"), (["x", "--background", "300"], "--background"),
     (["x", "--seconds", "3"], "--seconds")])
@@ -609,40 +606,6 @@ def test_errors_say_what_to_do(trained, tmp_path):
 def test_the_docstring_has_a_paragraph_for_every_output():
     first_words = Counter(line.split()[0] for line in analyze.__doc__.splitlines() if line and line[0] != " ")
     assert all(first_words[w] == 1 for w in analyze.WHAT)
-
-
-# --- cost ---------------------------------------------------------------------------------------------
-
-
-def test_memory_kept_grows_with_the_batch_and_leaves_out_weights():
-    model = clsspec.ViT(clsspec.config("nano", **TINY))
-    one, four = (analyze.kept_mib(model, torch.randn(b, 3, 32, 32)) for b in (1, 4))
-    assert four == pytest.approx(4 * one, rel=0.05)
-    tokens, width = 17, 32
-    assert 15 < one * 2**20 / (4 * 3 * tokens * width) < 40  # numbers a block, token and dimension
-
-
-def test_cost_of_every_variant():
-    cfg = clsspec.config("nano", **TINY, spec=("qkv",), spec_rank=2, drop_path=0.5)
-    s = subject(model=clsspec.ViT(cfg), img=torch.zeros(2, 3, 32, 32), name="mine")
-    found = analyze.cost({}, s)
-    assert found.keys() == {*analyze.VARIANTS, "this model"}
-    plain = clsspec.ViT(clsspec.config("nano", **TINY))
-    assert found["plain"]["parameters"] == sum(p.numel() for p in plain.parameters())
-    assert found["plain"]["kept_mib"] == pytest.approx(analyze.kept_mib(plain, torch.zeros(1, 3, 32, 32)), rel=0.05)
-    added = {name: n["parameters"] - found["plain"]["parameters"] for name, n in found.items()}
-    assert added["this model"] == 2 * (32 + 96)  # a rank of two in one block of three
-    assert added["norms"] == 3 * (4 + 2) * 32 and added["norms, qkv in a third"] - added["norms"] == 33 * 96
-    assert found["norms, qkv in a third"]["gflops"] == found["plain"]["gflops"] < found["4 registers"]["gflops"]
-    assert found["entmax15"]["kept_mib"] >= found["plain"]["kept_mib"] > found["class attention, 2 blocks"]["kept_mib"]
-
-
-def test_cost_says_what_the_paper_says(trained, capsys):
-    analyze.main([str(trained / "spec"), "--what", "cost"])
-    text = capsys.readouterr().out
-    assert "8 of 24 blocks: +8.3% parameters" in text and "python train.py --spec norms,qkv --bench" in text
-    lines = {line[:30].strip(): line[30:].replace(" %", "").split() for line in text.splitlines()}
-    assert lines["plain"][1::2] == ["+0.0"] * 3 and float(lines["norms, qkv in a third"][1]) == pytest.approx(12.8, abs=0.1)
 
 
 # --- two groups of runs -------------------------------------------------------------------------------

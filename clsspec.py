@@ -319,6 +319,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int, start: float):
         super().__init__()
+        # Small at first: a block hardly changes its input, however deep the network.
         self.gamma = nn.Parameter(torch.full((width,), start))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -441,6 +442,8 @@ class ViT(nn.Module):
         x = x + positions[:, 1:]
         if self.config.registers:  # they stand for no place, so they get no position
             x = torch.cat([self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        # [CLS] stands for no place either; its position is one more learnt vector, kept as public
+        # weights have it.
         cls = (self.cls_token + positions[:, :1]).to(x.dtype)
         return cls.expand(len(x), -1, -1), x
 
@@ -488,6 +491,7 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
     """
     need(not model.config.spec,
          f"this model has {', '.join(model.config.spec)} already; give a plain one")
+    # What the model says of itself comes first, and is checked: then a refusal changes nothing.
     model.config = c = checked(replace(
         model.config, spec=tuple(spec), spec_blocks=blocks, spec_where=where, spec_rank=rank,
         registers_path=registers_path, spec_init=init))
@@ -531,6 +535,7 @@ def flops(c: Config, height: int, width: int) -> int:
     pixels, 2 for a multiply-add. The method adds none; that `Specialised` passes row 0 twice does,
     1 / T of those layers."""
     formula = sdpa_kernel(SDPBackend.MATH)  # fused attention is not counted
+    # On "meta" a tensor has a shape and no numbers: nothing is computed, only counted.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, formula:
         ViT(replace(c, **NO_SPEC))(torch.empty(1, 3, height, width))
     return counter.get_total_flops()
@@ -826,7 +831,7 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     scale = "blocks.0.ls1.gamma" in s
     theirs = [str(key) for key in (source.get("model") or source)]
     hub = any("embeddings." in key for key in theirs)  # transformers
-    if pos_antialias is None:
+    if pos_antialias is None:  # whose weights they are is known by what only they have, or lack
         deit = any("gamma_1" in key for key in theirs)
         timm_v2 = scale and "mask_token" not in s and not deit and not hub
         pos_antialias = "register_tokens" in s or timm_v2

@@ -96,9 +96,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is one line."""
 
     def error(self, message: str):  # argparse's own prints the usage, half a screen of it, first
-        kind, _, stray = message.partition("unrecognized arguments: ")
-        if not kind and not stray.startswith("-"):  # a word, not a flag
-            message += " (a list is joined by commas, without spaces)"
+        before, _, stray = message.partition("unrecognized arguments: ")
+        if not before and not stray.startswith("-"):  # a word, not a flag
+            message += " (a list is joined by commas; a switch takes no value)"
         self.exit(2, f"error: {message}; {Path(self.prog).name} --help lists all flags\n")
 
 

@@ -382,7 +382,8 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     if folder:
         loader = torch.utils.data.DataLoader(
             folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
-            collate_fn=collate, worker_init_fn=patient, pin_memory=args.device != "cpu")
+            collate_fn=collate, worker_init_fn=patient,
+            pin_memory=args.device != "cpu")  # such memory goes to a GPU while it computes
         with signals.held():  # what is raised while processes are made would be lost
             stream = iter(loader)
         for img, labels, bad in stream:
@@ -699,7 +700,7 @@ def koleo(z: Tensor) -> Tensor:
     everyone = all_sum(F.pad(z, (0, 0, rank * len(z), (ranks - 1 - rank) * len(z))))
     with torch.no_grad():
         dots = z @ everyone.T
-        dots.diagonal(rank * len(z)).fill_(-2)  # not itself
+        dots.diagonal(rank * len(z)).fill_(-2)  # not itself: -1 is the least of all cosines
         near = dots.argmax(1)  # of unit vectors, the largest product is the smallest distance
     return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
 
@@ -867,7 +868,7 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
         kind = next((k for k in apart if k in name.split(".")), "rest")
         group = groups.setdefault((kind, free), {"params": [], "kind": kind, "free": free})
         group["params"].append(p)
-    return torch.optim.AdamW(groups.values(), lr=0.0, fused=True)
+    return torch.optim.AdamW(groups.values(), lr=0.0, fused=True)  # fused: one pass over all
 
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
@@ -1194,6 +1195,7 @@ def bench(args, rank: int, ranks: int) -> None:
     calls["product"] = lambda step: a @ a
     times = {name: [] for name in calls}
     for step in range(first, first + args.bench):  # all do the same step, in random order
+        # A slow moment of the machine should meet each of them equally often.
         for i in torch.randperm(len(calls), generator=draw).tolist():
             name, start = list(calls)[i], time.perf_counter()
             calls[name](step)

@@ -47,8 +47,8 @@ class Arm(NamedTuple):
     control: str = "plain"  # the arm that it is compared with, seed by seed; "": with none
 
 
-# What seeds 40 to 45 choose (`--tables` says it) is written down here before a run with it: flags of
-# the best specialised arm, and plain's own learning rate, of which "" is the default.
+# What seeds 40 to 45 choose (`--tables` says it) is written down here before a run with it: flags
+# of the best specialised arm, and plain's own learning rate, of which "" is the default.
 NOT_YET = "(not chosen yet)"  # arms with this in their flags wait
 BEST = NOT_YET
 BEST_ARM = "best"  # or that of question 1 that is chosen: it is not run again
@@ -97,10 +97,9 @@ ARMS = {
 CHOOSE, CLAIM = tuple(range(40, 46)), tuple(range(100, 112))  # seeds: none serves for both
 PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("plain", "norms", "qkv4", "qkv8"), CLAIM),
-    ("scenes", tuple(["plain", "norms", "qkv8", *(f"qkv8-k{k}" for k in (2, 3, 5, 10)), "qkv8-fresh",
-                      "plain-half", "plain-double", "norms-k3", "plain-large", "qkv8-large"]),
-     CHOOSE),
-    ("scenes", tuple(["qkv4", *(f"qkv4-k{k}" for k in (2, 3, 5, 10)), "qkv4-fresh"]), CHOOSE),
+    ("scenes", ("plain", "norms", "qkv8", "qkv8-k2", "qkv8-k3", "qkv8-k5", "qkv8-k10", "qkv8-fresh",
+                "plain-half", "plain-double", "norms-k3", "plain-large", "qkv8-large"), CHOOSE),
+    ("scenes", ("qkv4", "qkv4-k2", "qkv4-k3", "qkv4-k5", "qkv4-k10", "qkv4-fresh"), CHOOSE),
     ("scenes", (CONTROL, BEST_ARM), CLAIM),
     ("scenes", ("plain-x4", "best-x4"), CLAIM[:6]),
     ("scenes", ("dino-x4", "dino-best-x4", "dino-entmax-x4"), CLAIM[:6]),
@@ -113,7 +112,8 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
 # fresh, which failed, and makes all other runs to the same bits.
 HOUSES = "ec40638", "06087fe"
 # What the plan claims something of: differences of these to their controls, in these outcomes.
-CLAIMS = ("norms", "qkv4", "qkv8", BEST_ARM, "best-x4", "best-x16"), ("mIoU", "RMSE", "linear", "k-NN")
+CLAIMS = (("norms", "qkv4", "qkv8", BEST_ARM, "best-x4", "best-x16"),
+          ("mIoU", "RMSE", "linear", "k-NN"))
 SCALES = "nano", "small"
 DATA = {"scenes": "Scenes", "tiny": "Tiny ImageNet"}
 
@@ -138,7 +138,8 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
     judge = ["eval_dense.py", str(run)]
     measure = ["analyze.py", str(run), "--pictures", "256", "--what"]
     nyu = judge + ["--data", "pairs", "--root", str(args.nyu)]
-    train = ["train.py", "--scale", args.scale, *ARMS[arm].flags.split(), "--seed", str(seed), *pictures,
+    train = ["train.py", "--scale", args.scale, *ARMS[arm].flags.split(), "--seed", str(seed),
+             *pictures,
              "--no-probe",  # the next stage judges
              "--save-every", "50",  # so that little is lost at the time limit
              "--out", str(run), resume]
@@ -169,7 +170,7 @@ def state_of(run: Path) -> dict:
 
 
 def cpu() -> str:
-    """This machine's, and the instructions by which torch computes on it: others round otherwise."""
+    """This machine's, and the instructions that torch computes by: others round otherwise."""
     file = Path("/proc/cpuinfo")  # Linux
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -299,8 +300,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--workers", type=within(int, 1, 64), default=1, help="runs at once, default 1")
     p.add_argument("--scale", choices=SCALES, default="nano", help="(default: nano)")
     p.add_argument("--arms", type=names, help="only these arms, a comma list")
-    p.add_argument("--tiny", type=folder, help="Tiny ImageNet's train/, beside its val/; runs on it "
-                   "are else left out")
+    p.add_argument("--tiny", type=folder, help="Tiny ImageNet's train/, beside its val/; runs on "
+                   "it are else left out")
     p.add_argument("--nyu", type=folder, help="NYU Depth v2, `pairs` of eval_dense.py: judge on it")
     p.add_argument("--list", action="store_true", help="print the plan and stop")
     p.add_argument("--tables", action="store_true", help="print tables and stop")

@@ -61,7 +61,8 @@ def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
     for line in lines:
         if "scenes" not in line["minutes"]:
             continue
-        use = next((use for use, seeds in USES.items() if line["seed"] in seeds), "an earlier study")
+        uses = [use for use, seeds in USES.items() if line["seed"] in seeds]
+        use = (uses or ["an earlier study"])[0]
         arm = study.ARMS.get(line["arm"])
         same = use not in USES or arm is None or arm.flags.strip() in line["command"]
         need(same, f"{line['run']} was made with other flags than its arm has: {line['command']}; "
@@ -145,7 +146,8 @@ def holm(p: list[float]) -> list[float]:
 EXPLAINED = """\
 In a cell: mean ± standard deviation over seeds; below it the mean difference to the control of the
 same seed [95 % interval, Student's t, not corrected for the number of intervals]. ↑ more is better,
-↓ less is better. Cosines are of [CLS] with patches, means over norm1 of all blocks and the final norm."""
+↓ less is better. Cosines are of [CLS] with patches, means over norm1 of all blocks and the final
+norm. Copies apart: |W_cls - W_patch| / |W_patch|, mean over layers."""
 
 
 def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
@@ -183,6 +185,7 @@ def claims(group: dict) -> str:
     for the number of claims that the plan has."""
     arms, outcomes = study.CLAIMS
     found = []
+    # fromkeys: each once, as the best arm may be one of question 1, too.
     for arm, (head, what) in product(dict.fromkeys(arms), OUTCOMES.items()):
         d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:

@@ -5,8 +5,10 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -579,7 +581,9 @@ ROOT = Path(__file__).parent.parent
 
 def start(*flags, ranks=1, **more) -> list:
     """train.py's processes, as a user starts them; several ranks: as torchrun does."""
-    port = str(20000 + os.getpid() % 20000)
+    with socket.socket() as free:  # the system knows which port nobody listens on
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     jobs = []
     for rank in range(ranks):
@@ -593,7 +597,10 @@ def start(*flags, ranks=1, **more) -> list:
 def script(*flags, ranks=1, code=0, **more):
     """Run train.py as a user does; returns what it printed."""
     jobs = start(*flags, ranks=ranks, **more)
-    outputs = [job.communicate(timeout=170)[0] for job in jobs]
+    late = threading.Timer(170, lambda: [job.kill() for job in jobs])  # so that a hang shows what was printed
+    late.start()
+    outputs = [job.communicate()[0] for job in jobs]
+    late.cancel()
     assert [job.returncode for job in jobs] == [code] * ranks, "\n".join(outputs)
     return outputs[0]
 

@@ -779,8 +779,8 @@ def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
     job = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL,
                            stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     said = b""
-    while wait not in said:
-        said += os.read(job.stderr.fileno(), 1000)
+    while wait not in said and (more := os.read(job.stderr.fileno(), 1000)):
+        said += more
     start = time.time()
     os.killpg(job.pid, number)
     said += job.communicate(timeout=60)[1]
@@ -803,7 +803,7 @@ def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, numbe
 def test_analyze_leaves_in_one_line_too(tmp_path, runs, number):
     shutil.copytree(runs / "a", tmp_path / "a")
     (tmp_path / "a/analysis.json").write_text("{}")
-    flags = [tmp_path / "a", "--what", "cosines", "--pictures", 5000]
+    flags = [tmp_path / "a", "--what", "cosines", "--pictures", 1000]
     said, code, seconds = leave(number, *flags, wait=b"walking", cwd=tmp_path, script="analyze.py")
     assert code == 128 + number and "Traceback" not in said and seconds < 20
     assert said.splitlines()[-1].strip().endswith(f"stopped by {number.name}; what was finished is kept")

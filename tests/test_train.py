@@ -627,9 +627,9 @@ def same(a, b):
 
 
 def test_a_long_run_says_after_100_steps_what_is_learnt(tmp_path, capsys):
-    run(tmp_path / "a", "--steps", 250, "--save-every", 250, "--batch-size", 2, "--log-every", 20)
+    run(tmp_path / "a", "--steps", 200, "--save-every", 200, "--batch-size", 2, "--log-every", 20)
     told = [line for line in capsys.readouterr().out.splitlines() if "foretells" in line]
-    assert len(told) == 1 and re.search(r"^step 100: .* is \d\.\d\d; knowing nothing it is 2.77. About 0 minutes to go", told[0]), told
+    assert len(told) == 1 and re.search(r"^step 100: .* is \d\.\d\d; knowing nothing it is 2.77. About \d+ minutes to go", told[0]), told
     lines = {line["step"]: line for line in logged(tmp_path / "a")}
     assert f"is {lines[100]['dino']:.2f};" in told[0]
 

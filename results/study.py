@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -269,16 +268,15 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def collect(root: Path, file: Path) -> None:
-    """Write every run that is judged, or failed, to `file`."""
-    # Lines that are there stay, so that folders may be moved away, or be on other machines.
-    lines = {line["run"]: line for line in read(file)} if file.exists() else {}
-    for scale, one in product(SCALES, runs()):
-        run = root / name_of(scale, *one)
-        state = state_of(run)
-        if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
-            lines[run.name] = line_of(run, root, scale, *one)
-    write(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
+def collect(root: Path, file: Path, scale: str, one: tuple[str, str, int]) -> None:
+    """Write a run's line to `file`, if it is judged, or failed."""
+    run = root / name_of(scale, *one)
+    state = state_of(run)
+    if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
+        # Other lines stay, so that their folders may be moved away, or be on other machines.
+        lines = {line["run"]: line for line in read(file)} if file.exists() else {}
+        lines[run.name] = line_of(run, root, scale, *one)
+        write(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,7 +346,7 @@ def run(args) -> None:
     def take(one) -> None:
         work(args, end, *one)
         with writing:
-            collect(args.root, file)
+            collect(args.root, file, args.scale, one)
 
     with ThreadPoolExecutor(args.workers) as pool:  # a thread waits for one process
         list(pool.map(take, wanted))  # list: raises what one raised

@@ -172,7 +172,7 @@ def test_arms_are_compared_with_arms_of_the_same_runs_and_no_seed_serves_twice()
 
 
 def test_it_does_what_is_left_and_compares(small, capsys):
-    lines = small("--workers", 2, "--arms", "plain")
+    lines = sorted(small("--workers", 2, "--arms", "plain"), key=lambda d: d["run"])  # either may end first
     assert [d["run"] for d in lines] == ["scenes-plain-100", "scenes-plain-101"] and not any(d["failed"] for d in lines)
     assert set(lines[0]["minutes"]) == {"train", "scenes", "untrained", "inside"}
     assert lines[0]["probes"] == [{"step": 4, "miou": 1.0}] and lines[0]["cosine by block"] == [0.5, 100.25]
@@ -265,7 +265,7 @@ def test_it_stops_when_told_to_and_goes_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="the same command goes on"):
         study.main()
     assert capsys.readouterr().out == "scenes-plain-0: train is not done, and goes on with the next call\n"
-    assert study.state_of(run)["before"]["train"] > 0 and not (tmp_path / "runs/study.jsonl").read_text()
+    assert study.state_of(run)["before"]["train"] > 0 and not (tmp_path / "runs/study.jsonl").exists()
     args = SimpleNamespace(scale="nano", tiny=None, nyu=None)
     assert (run / "last.pt").exists() and "--resume" in study.stages(args, run, "scenes", "plain", 0)["train"]
 
@@ -278,10 +278,12 @@ def test_it_stops_in_time(small, monkeypatch, capsys):
     assert study.state_of(small.lines.parent / "scenes-slow-0")["before"]["train"] > 0
 
 
-def test_a_line_stays_when_its_folder_goes(small):
-    before = small("--workers", 2)
+def test_a_line_stays_when_its_folder_goes_and_only_runs_asked_for_are_read(small, monkeypatch):
+    before, real, asked = small("--workers", 2), study.line_of, []
     shutil.rmtree(small.lines.parent / "scenes-plain-100")
+    monkeypatch.setattr(study, "line_of", lambda run, *rest: asked.append(run.name) or real(run, *rest))
     assert small("--arms", "norms") == before
+    assert asked == ["scenes-norms-100", "scenes-norms-101"]
 
 
 def test_a_line_names_no_folder_of_this_machine(small, monkeypatch, tmp_path):

@@ -777,7 +777,7 @@ def test_every_number_has_a_range(flag, capsys):
 def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
     """Start a script as a user does, in a session of its own, send its processes a signal; what it said, its code and the seconds that took."""
     job = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                           stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     said = b""
     while wait not in said and (more := os.read(job.stderr.fileno(), 1000)):
         said += more
@@ -824,7 +824,7 @@ def test_a_bad_picture_in_a_process_that_reads_ends_it_at_once(tmp_path, runs, d
         flags = ["--image-size", 16]
     start = time.time()
     done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), "--data", data, "--root", str(tmp_path / "t"), "--workers", "2", *map(str, flags)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                          capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1 and time.time() - start < 25 and "Traceback" not in done.stderr and "Alarm" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
 

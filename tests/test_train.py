@@ -584,7 +584,7 @@ def start(*flags, ranks=1, **more) -> list:
     with socket.socket() as free:  # the system knows which port nobody listens on
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     jobs = []
     for rank in range(ranks):
         dist = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
@@ -1051,7 +1051,7 @@ def test_killed_runs_leave_a_checkpoint_that_loads(tmp_path, number):
     flags = [*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a", "--data", tmp_path / "set", "--workers", 2]
     job = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     end = time.time() + 120
     while not (tmp_path / "a/last.pt").exists() and time.time() < end:
         time.sleep(0.05)

@@ -600,6 +600,7 @@ def read(path) -> dict:
         return read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its flags so
+            # Mapped, not read: optimiser and heads, most of a checkpoint, are often not wanted.
             mmap = zipfile.is_zipfile(path)  # torch's format since 1.6
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         wrong = "" if isinstance(state, dict) else f"it is a {type(state).__name__}, not a dict"

@@ -306,6 +306,8 @@ def parse(argv) -> argparse.Namespace:
 
 @lru_cache(maxsize=1)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n pictures in an epoch."""
+    # Seeds are a million apart, so that no two runs of usual length share a random number.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -561,6 +563,7 @@ def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
 
 def make_masks(args, b: int, patch: int, step: int, rank: int, ranks: int) -> Tensor:
     """Masks for the global views of a rank, (2 b, N); as in DINOv2, a share of views has one."""
+    # Far from what the views of this step are drawn with: masks should not go with crops.
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
     side, views, (low, high) = args.image_size // patch, 2 * b * ranks, args.mask_ratio
     number, masked = torch.arange(views), int(views * args.mask_share)
@@ -904,7 +907,7 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     # By schedule: large steps first, small ones to settle; a teacher that follows ever more slowly.
     set_rates(args, optimizer, now, step)
     # Stochastic depth and mixup draw from torch's own generator: seeded by the step, so that runs
-    # can be resumed.
+    # can be resumed, and by the rank, whose pictures are others.
     torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
     # Views of the pictures and masks; both networks' answers and the loss; one step.
     given = inputs(args, img, labels, student.backbone.config.patch, step, rank, ranks)

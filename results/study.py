@@ -71,6 +71,7 @@ ARMS = {
     "norms-k3": Arm("--spec norms --cls-lr 3", "norms, copies 3 x"),
     "qkv8-fresh": Arm(f"{QKV8} --spec-init fresh", "norms, qkv in 8 blocks, drawn anew"),
     "qkv4-fresh": Arm(f"{QKV4} --spec-init fresh", "norms, qkv in 4 blocks, drawn anew"),
+    "plain-again": Arm("", "plain, again on another CPU"),  # what a difference is of itself
     "plain-half": Arm("--lr 2e-3", "plain, half the rate"),
     "plain-double": Arm("--lr 8e-3", "plain, twice the rate"),
     "plain-large": Arm(LARGE, "plain, batch 128", ""),
@@ -99,6 +100,7 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("plain", "norms", "qkv8", "qkv8-k2", "qkv8-k3", "qkv8-k5", "qkv8-k10", "qkv8-fresh",
                 "plain-half", "plain-double", "norms-k3", "plain-large", "qkv8-large"), CHOOSE),
     ("scenes", ("qkv4", "qkv4-k2", "qkv4-k3", "qkv4-k5", "qkv4-k10", "qkv4-fresh"), CHOOSE),
+    ("scenes", ("plain-again",), CHOOSE),
     ("scenes", (CONTROL, BEST_ARM), CLAIM),
     ("scenes", ("plain-x4", "best-x4"), CLAIM[:6]),
     ("scenes", ("dino-x4", "dino-best-x4", "dino-entmax-x4"), CLAIM[:6]),
@@ -142,7 +144,7 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
              "--no-probe",  # the next stage judges
              "--save-every", "50",  # so that little is lost at the time limit
              "--out", str(run), resume]
-    out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions"]}
+    out = {"train": train, "scenes": judge, "inside": measure + ["cosines,dimensions,attention"]}
     if data == "tiny":  # `inside` is of Scenes; this is of pictures like those it has learnt from
         out["inside tiny"] = measure + ["cosines", "--data", str(args.tiny)]
         out["tiny"] = judge + ["--data", "imagefolder", "--root", str(args.tiny.parent)]
@@ -247,8 +249,10 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
         result = result.replace(f"cosines {Path(pictures).name},", "cosines tiny,")
         results[result] = {metric: round(x, 4) for metric, x in found.items()}
     results |= {"copies": parted} if (parted := copies(run)) else {}
-    cosines = read_json(run / "analysis.json").get("cosines", {}).get("models", {})
-    by_block = cosines.get(run.name, {}).get("after norm cls_patch", ())
+    inside = {what: found.get("models", {}).get(run.name, {})
+              for what, found in read_json(run / "analysis.json").items()}
+    by_block = inside.get("cosines", {}).get("after norm cls_patch", ())
+    by_head = inside.get("attention", {}).get("support", ())  # lists of the blocks' heads
     return {
         "run": run.name, "scale": scale, "data": data, "arm": arm, "seed": seed,
         "command": command, **{key: config.get(key) for key in analyze.SETTING},
@@ -258,7 +262,8 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
         "probes": [{k: step[k] for k in keep if k in step} for step in steps if "miou" in step],
         "results": results,
         # None where a block has no [CLS] yet: class attention
-        "cosine by block": [round(x, 4) for x in by_block if x is not None]}
+        "cosine by block": [round(x, 4) for x in by_block if x is not None],
+        "support by head": [[round(x, 1) for x in heads] for heads in by_head]}
 
 
 def read(file: Path) -> list[dict]:

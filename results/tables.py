@@ -30,6 +30,10 @@ OUTCOMES = {
     "shared part": (COSINES, "shared", 3),
     "neighbour excess": (COSINES, "neighbours", 3),
     "neighbour excess, centred": (COSINES, "neighbours centred", 3),
+    "keys, patches": ("attention, mean over blocks", "support", 1),
+    "keys, [CLS]": ("attention, mean over blocks", "cls_support", 1),
+    "entropy, patches": ("attention, mean over blocks", "entropy", 3),
+    "how far patches look": ("attention, mean over blocks", "distance", 2),
     "copies apart, QKV": ("copies", "qkv", 3),
     "copies apart, norm1": ("copies", "norm1", 3),
     "online mIoU, late - middle": ("drift", "miou", 2),
@@ -147,7 +151,8 @@ EXPLAINED = """\
 In a cell: mean ± standard deviation over seeds; below it the mean difference to the control of the
 same seed [95 % interval, Student's t, not corrected for the number of intervals]. ↑ more is better,
 ↓ less is better. Cosines are of [CLS] with patches, means over norm1 of all blocks and the final
-norm. Copies apart: |W_cls - W_patch| / |W_patch|, mean over layers."""
+norm. Keys: how many get a weight in attention. Copies apart: |W_cls - W_patch| / |W_patch|, mean
+over layers."""
 
 
 def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:

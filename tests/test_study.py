@@ -49,7 +49,8 @@ elif stage == "inside":
     found = {"models": {run.name: {"after norm cls_patch": [None, 0.5, 0.25 + int(seed)]}},
              "made": {"pictures": {run.name: 256}}}
     file = run / "analysis.json"
-    file.write_text(json.dumps({"cosines": found, "cosines pictures": found}))
+    looks = {"models": {run.name: {"support": [[65, 33.26], [1, 2]]}}, "made": found["made"]}
+    file.write_text(json.dumps({"cosines": found, "cosines pictures": found, "attention": looks}))
 """
 
 
@@ -176,6 +177,7 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     assert [d["run"] for d in lines] == ["scenes-plain-100", "scenes-plain-101"] and not any(d["failed"] for d in lines)
     assert set(lines[0]["minutes"]) == {"train", "scenes", "untrained", "inside"}
     assert lines[0]["probes"] == [{"step": 4, "miou": 1.0}] and lines[0]["cosine by block"] == [0.5, 100.25]
+    assert lines[0]["support by head"] == [[65, 33.3], [1, 2]]
     capsys.readouterr()
     lines = small("--workers", 2)
     printed = capsys.readouterr().out
@@ -183,9 +185,9 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     small("--tables")
     text = capsys.readouterr().out
     table = rows(text)
-    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norms", "the same, Tiny ImageNet"]
-    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354", "50.625 ± 0.354"]
-    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", ""]
+    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norms", "the same, Tiny ImageNet", "keys, patches"]
+    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354", "50.625 ± 0.354", "25.3 ± 0.0"]
+    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", "", ""]
     assert table["norms<br>minus plain"][1] == "131.50 ± 0.71<br>+1.00 [+1.00, +1.00]"
     assert all(line["cpu"] == study.cpu() != "" for line in lines)
     assert "nano, trained on Scenes, seeds for claims" in text and "4 runs, 0.0 hours of a core. Failed runs: none" in text

@@ -68,7 +68,8 @@ def groups(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
         uses = [use for use, seeds in USES.items() if line["seed"] in seeds]
         use = (uses or ["an earlier study"])[0]
         arm = study.ARMS.get(line["arm"])
-        same = use not in USES or arm is None or arm.flags.strip() in line["command"]
+        flags = " ".join(f"--scale {line['scale']} {arm.flags} --seed".split()) if arm else ""
+        same = use not in USES or flags in line["command"]
         need(same, f"{line['run']} was made with other flags than its arm has: {line['command']}; "
              "move its folder away, and its line")
         group = out.setdefault((line["scale"], line["data"], use), {arm: {} for arm in study.ARMS})
@@ -111,25 +112,35 @@ def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
     control = arm_of(arm).control
     mine = numbers(group[arm], result, metric)
     theirs = numbers(group.get(control, {}), result, metric)
-    pairs = []
+    pairs = {}
     for seed in sorted(mine.keys() & theirs.keys()):
         one, other = group[arm][seed], group[control][seed]
         # Another version, device or number of threads rounds otherwise: that is no pair.
         if all(one[key] == other[key] for key in analyze.SETTING):
-            pairs.append((theirs[seed], mine[seed]))
-    if len(pairs) < 2:
-        return None
-    a, b = torch.tensor(pairs).double().T
-    found, each = analyze.interval(a, b), b - a
-    t = each.mean() / (each.std() / len(each) ** 0.5).clamp(min=1e-12)
-    return found | {"each": each.tolist(), "p": p_value(t.item(), len(each) - 1)}
+            pairs[seed] = mine[seed] - theirs[seed]
+    return about(pairs) if len(pairs) > 1 else None
+
+
+def about(each: dict[int, float]) -> dict:
+    """{seed: difference} -> analyze.interval, the p-value of no difference, and `each`."""
+    d = torch.tensor([*each.values()]).double()
+    t = d.mean() / (d.std() / len(d) ** 0.5).clamp(min=1e-12)
+    found = analyze.interval(torch.zeros_like(d), d)
+    return found | {"each": each, "p": p_value(t.item(), len(d) - 1)}
+
+
+def shown(d: dict, digits: int) -> str:
+    """A difference and its interval, as a cell of a table."""
+    middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{middle} [{low}, {high}]"
 
 
 def p_value(t: float, freedom: int) -> float:
     """Of Student's t, two-sided. With t = sqrt(freedom) tan(angle) its density becomes
     cos(angle)^(freedom - 1), which is flat enough to add up."""
-    whole = torch.linspace(0, math.pi / 2, 100_001).double()
-    tail = torch.linspace(math.atan(abs(t) / freedom**0.5), math.pi / 2, 100_001).double()
+    whole = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    start = math.atan(abs(t) / freedom**0.5)
+    tail = torch.linspace(start, math.pi / 2, 100_001, dtype=torch.float64)
     area = [torch.trapezoid(x.cos() ** (freedom - 1), x).item() for x in (tail, whole)]
     return area[0] / area[1]
 
@@ -163,8 +174,7 @@ def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
     out = f"{mean(values):.{digits}f}{spread}"
     d = difference(group, arm, result, metric)
     if d:
-        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-        out += f"<br>{middle} [{low}, {high}]"
+        out += f"<br>{shown(d, digits)}"
         out += f" of {d['n']} pairs" if d["n"] < len(values) else ""
     return out
 
@@ -200,11 +210,10 @@ def claims(group: dict) -> str:
     corrected = holm([d["p"] for *_, d in found] + [1.0] * to_come)
     out = []
     for (arm, head, digits, d), p in zip(found, corrected):
-        middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
         planned = len({seed for data, some, seeds in study.PLAN for seed in seeds
                        if data == "scenes" and arm in some and seed in study.CLAIM})
         out.append(f"| {arm_of(arm).label} | {head} | {d['n']} of {planned} | "
-                   f"{middle} [{low}, {high}] | {d['p']:.3f} | {p:.3f} |")
+                   f"{shown(d, digits)} | {d['p']:.3f} | {p:.3f} |")
     title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
     return "\n".join([title + "|", *out]) if out else ""
 
@@ -225,7 +234,7 @@ def choice(group: dict) -> str:
     for arm in ("plain-half", "plain-double"):
         d = difference(group, arm, "teacher scenes", "miou") if arm in miou else None
         if d:
-            error = stdev(d["each"]) / len(d["each"]) ** 0.5
+            error = stdev(d["each"].values()) / d["n"] ** 0.5
             better = "better" if d["difference"] > error else "not better"
             out.append(f"{arm_of(arm).label}: {d['difference']:+.2f}, standard error {error:.2f}: "
                        f"{better} than plain")
@@ -236,28 +245,49 @@ FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
 
 
 def slopes(group: dict) -> str:
-    """A line an outcome: what a doubling of the copies' learning rate changes. A slope a seed, by
-    least squares over FASTER; both depths share it, but each has a level of its own."""
-    out = []
+    """A line an outcome: what a doubling of the copies' learning rate changes, by least squares of
+    each seed over FASTER, and what each factor does beside 1; means of both depths."""
+    out, x = [], torch.tensor(FASTER).double().log2()
+    x -= x.mean()
     for head, (result, metric, digits) in OUTCOMES.items():
-        each = []
+        each = {}
         for seed in study.CHOOSE:
-            found = []  # of a depth: (factors, 2), log2 of the factor and the number
+            depths = []  # of each depth a number a factor
             for arm in ("qkv4", "qkv8"):
                 arms = [arm if k == 1 else f"{arm}-k{k}" for k in FASTER]
                 values = [numbers(group[name], result, metric).get(seed) for name in arms]
-                if None not in values:
-                    at = torch.tensor([*zip(map(math.log2, FASTER), values)]).double()
-                    found.append(at - at.mean(0))
-            if found:
-                x, y = torch.cat(found).T
-                each.append((x @ y) / (x @ x))
+                depths += [values] if None not in values else []
+            if depths:
+                y = torch.tensor(depths).double()  # (depths, factors)
+                slope = (y @ x).mean() / (x @ x)
+                each[seed] = [slope, *(y[:, 1:] - y[:, :1]).mean(0)]
         if len(each) > 1:
-            d = analyze.interval(torch.zeros(len(each)), torch.stack(each))
-            middle, low, high = (f"{d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-            out.append(f"| {head} | {len(each)} | {middle} [{low}, {high}] |")
-    title = "| copies' learning rate, each doubling | seeds | change [95 % interval] |"
-    return "\n".join([title, "| --- | --- | --- |", *out]) if out else ""
+            columns = [about(dict(zip(each, map(float, column)))) for column in zip(*each.values())]
+            out.append(f"| {head} | {len(each)} | "
+                       + " | ".join(shown(d, digits) for d in columns) + " |")
+    title = "| copies' learning rate | seeds | each doubling | " + " | ".join(
+        f"{k} x, minus 1 x" for k in FASTER[1:]) + " |\n" + "| --- " * (2 + len(FASTER)) + "|"
+    return "\n".join([title, *out]) if out else ""
+
+
+GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), (study.BEST_ARM, "best-x4"),
+         (study.BEST_ARM, "best-x16"))
+
+
+def grows(group: dict) -> str:
+    """A line a pair of arms and outcome: by how much the difference to the control changes from
+    the first arm to the second, over the seeds of both."""
+    out = []
+    for arms, (head, what) in product(GROWS, OUTCOMES.items()):
+        before, after = (difference(group, arm, *what[:2]) for arm in arms)
+        if before and after:
+            each = {seed: d - before["each"][seed] for seed, d in after["each"].items()
+                    if seed in before["each"]}
+            if len(each) > 1:
+                labels = " | ".join(arm_of(arm).label for arm in arms)
+                out.append(f"| {labels} | {head} | {len(each)} | {shown(about(each), what[2])} |")
+    title = "| from | to | outcome | seeds | its difference to plain changes by |\n" + "| --- " * 5
+    return "\n".join([title + "|", *out]) if out else ""
 
 
 def tables(lines: list[dict]) -> str:
@@ -265,7 +295,7 @@ def tables(lines: list[dict]) -> str:
     out = [EXPLAINED]
     for (scale, data, use), group in groups(lines).items():
         out.append(f"{scale}, trained on {study.DATA[data]}, {use}")
-        out.append(table(group))
+        out += [table(group), grows(group)]
         if (scale, data, use) == ("nano", "scenes", "seeds for choosing"):
             out += [choice(group), slopes(group)]
         if (scale, data, use) == ("nano", "scenes", "seeds for claims"):
@@ -277,7 +307,7 @@ def tables(lines: list[dict]) -> str:
     hours = sum(sum(line["minutes"].values()) for line in lines) / 60
     out.append(f"{len(lines)} runs, {hours:.1f} hours of a core. Failed runs: "
                + (", ".join(failed) or "none"))
-    return "\n\n".join(out)
+    return "\n\n".join(filter(None, out))
 
 
 SHOWN = "mIoU % ↑", "RMSE m ↓", "linear % ↑", "k-NN % ↑"
@@ -296,7 +326,7 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
                 continue
             ends, at = [d["low"], d["high"]], [i, i]
             points = [(ends, at, "k_-" if steps else "k|-"), ([d["difference"]], [i], "ko"),
-                      (d["each"], [i] * d["n"], "C1.")]
+                      (d["each"].values(), [i] * d["n"], "C1.")]
             for x, y, how in points:
                 ax.plot(*((y, x) if steps else (x, y)), how)
         ticks = dict(ticks=range(len(arms)), labels=arms.values())
@@ -342,8 +372,8 @@ def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
         draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
 
     fig, (ax,) = analyze.canvas(1, 1)
-    shown = [arm for arm in ("plain", *there) if group[arm]]
-    curves(ax, group, shown, lambda line: [*enumerate(line["cosine by block"], 1)])
+    arms = [arm for arm in ("plain", *there) if group[arm]]
+    curves(ax, group, arms, lambda line: [*enumerate(line["cosine by block"], 1)])
     ax.set(ylabel="cosine of [CLS] and patches", xlabel="block, after norm1; 13: the final norm")
     fig.savefig(file.with_name("study-cosines.png"), dpi=90)
 

@@ -36,7 +36,7 @@ if (stage, arm) == ("train", "bad"):
     sys.exit("error: not finite at step 3")
 if stage == "train":
     config = {"git": "g", "torch": "t", "device": "cpu", "threads": 1}
-    command = f"python train.py {flags}".strip() + f" --data /secret/pictures --out {run}"
+    command = " ".join(f"python train.py --scale nano {flags} --seed {seed}".split()) + f" --data /secret/pictures --out {run}"
     config |= {"command": command, "args": {"data": "/secret/pictures"}}
     (run / "config.json").write_text(json.dumps(config))
     log = {"step": 4, "img_per_s": 2.0, "miou": 1.0, "lr": 9}
@@ -125,9 +125,10 @@ def test_what_is_not_chosen_yet_waits(small, monkeypatch):
     monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms", "best"))
     assert {line["arm"] for line in small("--workers", 2)} == {"plain", "best"}
     small("--tables")
-    monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms,qkv", "best"))
-    with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm has: python train.py --spec norms --data"):
-        small("--tables")
+    for others in ("--spec norms,qkv", ""):  # of which the second is part of the first's command
+        monkeypatch.setitem(study.ARMS, "best", study.Arm(others, "best"))
+        with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm has: python train.py --scale nano --spec norms --seed"):
+            small("--tables")
 
 
 def test_the_choice_is_the_plans(small, monkeypatch, capsys):
@@ -158,10 +159,24 @@ def test_what_a_doubling_of_the_copies_rate_changes(small, monkeypatch, capsys):
     small.rewrite(lines)
     capsys.readouterr()
     small("--tables")
-    assert "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] |\n" in capsys.readouterr().out  # 12.706 * 0.1
+    said = "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] | +2.00 [+0.73, +3.27] | +3.17 [+1.16, +5.18] | +4.64"  # 12.706 * 0.1 and more
+    assert said in capsys.readouterr().out
     small.rewrite([d for d in lines if d["run"] != "scenes-qkv4-k3-40"])  # then of seed 40 it is that of eight blocks alone
     small("--tables")
-    assert "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] |\n" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
+
+
+def test_whether_an_effect_grows_with_the_batch(small, monkeypatch, capsys):
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "qkv8", "plain-large", "qkv8-large"), (40, 41, 42))])
+    lines = small("--workers", 2)
+    for d in lines:
+        grown = {40: 3, 41: 5}.get(d["seed"], 4) if d["arm"] == "qkv8-large" else 0
+        d["results"]["teacher scenes"]["miou"] = grown + (d["arm"] == "qkv8") + d["seed"]
+    small.rewrite([d for d in lines if d["run"] != "scenes-qkv8-42"])  # of 42 there is then no pair
+    capsys.readouterr()
+    small("--tables")
+    said = "| norms, qkv in 8 blocks | norms, qkv in 8 blocks, batch 128 | mIoU % ↑ | 2 | +3.00 [-9.71, +15.71] |"  # 12.706 * 1
+    assert said in capsys.readouterr().out
 
 
 def test_arms_are_compared_with_arms_of_the_same_runs_and_no_seed_serves_twice():
@@ -291,7 +306,7 @@ def test_a_line_stays_when_its_folder_goes_and_only_runs_asked_for_are_read(smal
 def test_a_line_names_no_folder_of_this_machine(small, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "PLAN", [("tiny", ("plain",), (0,))])
     line, = small("--tiny", tmp_path)
-    assert line["command"] == "python train.py --data path/to/tiny_imagenet --out runs/study/tiny-plain-0"
+    assert line["command"] == "python train.py --scale nano --seed 0 --data path/to/tiny_imagenet --out runs/study/tiny-plain-0"
     assert "cosines tiny, mean over blocks of 256 pictures" in line["results"]
     assert "secret" not in json.dumps(line) and str(tmp_path) not in json.dumps(line)
 

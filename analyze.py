@@ -69,6 +69,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes
 
 try:
     from matplotlib.figure import Figure
@@ -85,6 +86,7 @@ from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_li
                         read_log, read_picture, scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps")
+FINAL = "cosines", "dimensions"  # their last number is of the final norm, not of a block
 POINTS = ("before norm", "after norm", "attention", "after attention")
 
 # --------------------------------------------------------------------------------------------------
@@ -186,15 +188,11 @@ def dimensions(step: Step) -> dict[str, Tensor]:
 
 def norms(step: Step) -> dict[str, Tensor]:
     """L2 norm of the patches that leave the block: (B, N)."""
-    if step.attention is None:  # the final norm is no block
-        return {}
     return {"norm": step.out[:, step.first :].float().norm(dim=-1)}
 
 
 def attention(step: Step) -> dict[str, Tensor]:
     """Entropy (nats), support (keys), distance (patches) and mass (%) of attention: (B, H)."""
-    if step.attention is None:
-        return {}
     w = step.attention.float()  # (B, H, queries, keys); keys are [bias, CLS, registers, patches]
     seen = step.first + step.bias  # the first patch among the keys
     # entr(w) = -w log w, and 0 where w is 0, as entmax makes many.
@@ -223,8 +221,6 @@ def attention(step: Step) -> dict[str, Tensor]:
 
 def features(step: Step) -> dict[str, Tensor]:
     """Patches after the final norm (B, N, D), in half precision, and their cosine with [CLS]."""
-    if step.attention is None:
-        return {}
     patches = step.final[:, step.first :]
     cls = step.final[:, :1] if step.cls else torch.full_like(patches[:, :1], math.nan)
     return {"patches": patches.half(), "cosine": F.cosine_similarity(patches, cls, dim=-1)}
@@ -232,8 +228,6 @@ def features(step: Step) -> dict[str, Tensor]:
 
 def looks(step: Step) -> dict[str, Tensor]:
     """[CLS]'s attention weights, of each head (B, H, keys): NaN where it does not ask."""
-    if step.attention is None:
-        return {}
     weights = step.attention[:, :, 0].float()
     return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
 
@@ -247,6 +241,8 @@ def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
     for part in eval_dense.bar(parts, "walking", len(parts)):
         for i, step in enumerate(walk(model, clsspec.normalise(part.to(device) / 255))):
             for keep in keeps:
+                if step.attention is None and keep.__name__ not in FINAL:
+                    continue  # the final norm is no block
                 for name, value in keep(step).items():
                     kept[keep.__name__, name][i].append(value.cpu())
     out = defaultdict(dict)
@@ -351,12 +347,11 @@ def probes(s: Subject) -> list[float]:
     usual = eval_dense.title(s.args.network, s.args.data, s.args.root)
     file = s.home / "eval.json"
     for name, result in read_json(file).items():
-        words = [w for w in name.split(" ") if not w.startswith(("tasks=", "layers=", "layer="))]
+        words = [word for word in name.split(" ") if not word.startswith(("tasks=", "layers="))]
         if " ".join(words) != usual:
             continue
         with intact(file):
-            protocol = result.get("protocol", {})  # older ones have `layer`, a number or None
-            layers = protocol.get("layers") or [protocol.get("layer") or depth]
+            layers = result.get("protocol", {}).get("layers") or [depth]
             if len(layers) == 1 and result.get("miou") is not None:
                 out[layers[0] - 1] = float(result["miou"])
     return out
@@ -365,8 +360,7 @@ def probes(s: Subject) -> list[float]:
 def foreground_numbers(kept: dict, s: Subject) -> dict[str, list]:
     """See `foreground` at the top. Pictures with only one of foreground and background do not
     count; NaN if none is left. ValueError: there are no masks."""
-    if s.mask is None or s.mask.min() == 255:
-        raise ValueError("it wants masks: --data scenes, voc or pairs")
+    need(s.mask is not None and s.mask.min() < 255, "it wants masks: --data scenes, voc or pairs")
     labels = patch_labels(s.mask, s.grid)  # (P, N)
     usual = (0, 1, 2, 3) if s.args.data == "scenes" else (0,)
     behind = torch.isin(labels, torch.tensor(s.args.background or usual))
@@ -389,8 +383,7 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
     """{metric of the online probe: steps and values, best, last, and what was lost since the best}.
     ValueError: no log, no probe in it."""
     log = s.home / "log.jsonl"
-    if not log.exists():
-        raise ValueError("only runs of train.py have a log, public weights have none")
+    need(log.exists(), "only runs of train.py have a log, public weights have none")
     lines, out = read_log(log), {}
     for name in METRICS:
         with intact(log):
@@ -400,8 +393,7 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
             best, last = found[best_step], [*found.values()][-1]
             out[name] = {"steps": [*found], "values": [*found.values()], "best": best,
                          "best_step": best_step, "last": last, "lost": abs(last - best)}
-    if not out:
-        raise ValueError(f"{log} has no online probe; train with --probe-every 500")
+    need(out, f"{log} has no online probe; train with --probe-every 500")
     return out
 
 
@@ -451,7 +443,6 @@ MEASURES = {
 }
 BLOCKS = {what: [key for *_, lines in panels for key in lines.values()]
           for what, (*_, panels) in MEASURES.items() if what != "degradation"}
-FINAL = "cosines", "dimensions"  # a list's last number is of the final norm, not of a block
 
 
 def level(value) -> float:
@@ -533,9 +524,11 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
             rows[title] = over(img, shown[:, head].view(-1, h, w))
         unit = F.normalize(patches[:8].float(), dim=-1)
         alike = (unit * unit[:, row * w + column, None]).sum(-1).view(-1, h, w)
-        tiles = over(img, alike.clamp(0, 1))
-        for tile in tiles:
-            frame(tile, row, column, s.model.config.patch)
+        left, top = column * c.patch, row * c.patch
+        box = torch.tensor([[left, top, left + c.patch - 1, top + c.patch - 1]])
+        wide = -(-img.shape[-2] // 112)  # pixels, so that one is left on a sheet
+        tiles = [draw_bounding_boxes(tile, box, colors="red", width=wide)
+                 for tile in over(img, alike.clamp(0, 1))]
         rows[" ".join([*textwrap.wrap(s.name, 14), "like red"])] = tiles
     scenes.sheet(path, rows)
     return out
@@ -546,16 +539,7 @@ def over(img: Tensor, light: Tensor) -> list[Tensor]:
     white, so that a dark object is seen too."""
     light = F.interpolate(light[:, None], img.shape[-2:], mode="nearest")
     grey = img.mean(1, keepdim=True)
-    return list((light * (0.5 + 0.5 * grey)).expand(-1, 3, -1, -1).clone())
-
-
-def frame(tile: Tensor, row: int, column: int, p: int) -> None:
-    """Draw a red frame around a patch of a picture (3, H, W), in place."""
-    at = tile[:, row * p : (row + 1) * p, column * p : (column + 1) * p]
-    wide = -(-tile.shape[1] // 112)  # pixels, so that one is left on a sheet
-    inside = at[:, wide:-wide, wide:-wide].clone()
-    at[:] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
-    at[:, wide:-wide, wide:-wide] = inside
+    return list((light * (0.5 + 0.5 * grey)).expand(-1, 3, -1, -1))
 
 
 def outlier_sentence(numbers: dict[str, list[float]]) -> str:
@@ -618,10 +602,8 @@ def runs_of(pattern: str) -> dict[int, tuple[dict, dict]]:
     for folder in filter(Path.is_dir, map(Path, sorted(glob.glob(pattern)))):
         config = read_json(folder / "config.json")
         seed = config["args"].get("seed") if isinstance(config.get("args"), dict) else None
-        if not isinstance(seed, int):
-            raise ValueError(f"{folder}/config.json names no seed: not a run of train.py")
-        if seed in runs:
-            raise ValueError(f"{pattern!r} has two runs of seed {seed}; a pair needs one each")
+        need(isinstance(seed, int), f"{folder}/config.json names no seed: not a run of train.py")
+        need(seed not in runs, f"{pattern!r} has two runs of seed {seed}; a pair needs one each")
         runs[seed] = numbers_of(folder), config["args"] | {k: config.get(k) for k in SETTING}
     return runs
 
@@ -635,9 +617,8 @@ def compare(a: str, b: str) -> dict[str, dict]:
     for pattern, found in ((a, first), (b, second)):
         need(found, f"--compare: no run folder matches {pattern!r}")
     need(a != b, f"--compare: {a!r} twice; name two groups of runs")
-    if not seeds:
-        raise ValueError(f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} "
-                         f"{sorted(second)}; quote the patterns, train both with equal --seed")
+    need(seeds, f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} {sorted(second)}; quote "
+         "the patterns, train both with equal --seed")
     differ = set()  # said beside the result: it should be what is compared, and nothing else
     for seed in seeds:
         other = second[seed][1]
@@ -652,11 +633,9 @@ def compare(a: str, b: str) -> dict[str, dict]:
                 values = [numbers[name][metric] for numbers in every]
                 x, y = torch.tensor(values).double().view(2, len(seeds))  # a pair a column
                 results[name][metric] = interval(x, y)
-    if not results:
-        has = [", ".join(numbers) or "nothing" for numbers in every]
-        raise ValueError(f"the {len(every)} runs share no number: in eval.json the first has "
-                         f"{has[0]}, the last {has[-1]}; judge all in the same way: "
-                         "python eval_dense.py RUN")
+    has = [", ".join(numbers) or "nothing" for numbers in every]
+    need(results, f"the {len(every)} runs share no number: in eval.json the first has {has[0]}, "
+         f"the last {has[-1]}; judge all in the same way: python eval_dense.py RUN")
     return {"seeds": seeds, "left out": sorted(first.keys() ^ second.keys()),
             "differ in": sorted(differ), "results": dict(results)}
 
@@ -691,12 +670,10 @@ def table(what: str, model: str, numbers: dict) -> None:
         for key, title in (("best", "best"), ("last", "last"), ("lost", "lost since")):
             columns.append([title, *(f"{n[key]:.3f}" for n in numbers.values())])
         columns.append(["step of the best", *(str(n["best_step"]) for n in numbers.values())])
-    elif what == "pca":
-        for i, share in enumerate(numbers["share"]):
-            columns.append([f"component {i + 1}", f"{share:.1f} %"])
-    elif what == "maps":
+    elif what in ("pca", "maps"):
+        title = "component" if what == "pca" else "head"
         for i, shares in enumerate(zip(*numbers.values())):
-            columns.append([f"head {i + 1}", *(f"{share:.1f} %" for share in shares)])
+            columns.append([f"{title} {i + 1}", *(f"{share:.1f} %" for share in shares)])
     else:
         columns = [["", "", *(f"block {i + 1}" for i in range(len(numbers[BLOCKS[what][0]])))]]
         if what in FINAL:
@@ -834,12 +811,12 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
     if args.data == "scenes":
         made = scenes.Scenes("test", size)(torch.arange(n))
         return made["image"], made["mask"]
-    if args.data not in eval_dense.OPEN:
-        files = eval_dense.picture_files(args.data)
-        files = files[:: max(len(files) // n, 1)][:n]  # from all over the folder
-        return torch.stack([fit(read_picture(file), size) for file in files]), None
-    test = eval_dense.open_split(args.data, args.root, "val")
-    rows = test.rows[:: max(len(test.rows) // n, 1)][:n]
+    if args.data in eval_dense.OPEN:
+        test = eval_dense.open_split(args.data, args.root, "val")
+    else:
+        rows = [{"image": file} for file in eval_dense.picture_files(args.data)]
+        test = eval_dense.Pictures(rows)
+    rows = test.rows[:: max(len(test.rows) // n, 1)][:n]  # from all over the folder
     # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
     alone = rows[0].keys() <= {"image", "label"}
     img = torch.stack([fit(read_picture(row["image"], upright=alone), size) for row in rows])
@@ -863,18 +840,16 @@ def subjects_of(args) -> list[Subject]:
     names = [eval_dense.name_of(file) for file in files]
     if len(set(names)) < len(names):  # seeds in folders of their own: a/run, b/run
         names = ["/".join(file.parts[-3:]).removesuffix("/last.pt") for file in files]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(args.models)}: two models of one name; name each once, or "
-                         "rename a folder")
+    need(len(set(names)) == len(names), f"{', '.join(args.models)}: two models of one name; name "
+         "each once, or rename a folder")
     out = []
     for name, file in zip(names, files):
         model = clsspec.load(file, args.network).to(args.device)
         print(f"{name}: {model.origin}")
         patch, side = model.config.patch, model.config.image_size // model.config.patch
         size = args.image_size or max(8, min(16, side)) * patch
-        if size % patch:
-            raise ValueError(f"--image-size {size} is no multiple of {patch}, the patch of {name}; "
-                             f"try {max(round(size / patch), 1) * patch}")
+        need(size % patch == 0, f"--image-size {size} is no multiple of {patch}, the patch of "
+             f"{name}; try {eval_dense.whole_patches(size, patch)}")
         need((args.block or 1) <= model.config.depth, f"--block {args.block}: {name} has "
              f"{model.config.depth} blocks")
         grid = size // patch, size // patch
@@ -958,8 +933,7 @@ def run(args) -> Path:
             draw(out / f"{what}.png", what, found)
     if Figure and results["dimensions"]:
         draw_gains(out / "gains.png", results["dimensions"])
-    if not any(results.values()):
-        raise ValueError("nothing was measured")
+    need(any(results.values()), "nothing was measured")
     return out
 
 

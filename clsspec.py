@@ -13,8 +13,6 @@ lets them part where it pays. With x = [CLS, registers, patches], the tokens of 
 variants are words of the Config: registers, attention bias, class attention (CaiT), and entmax-1.5
 in place of softmax ("Vision Transformers Need Better Token Interaction", arXiv 2605.23868).
 
-    python clsspec.py              # parameters and GFLOPs of every size, plain and specialised
-
     model = clsspec.ViT(clsspec.config("small", spec=("norms", "qkv"), spec_blocks=4))
     out = model(torch.rand(2, 3, 224, 224))       # cls (2, 384), patches (2, 196, 384)
     model = clsspec.load_weights("dinov2_vits14_pretrain.pth")    # or DINO's, DeiT-III's, timm's
@@ -462,18 +460,16 @@ class ViT(nn.Module):
         for i in range(max(wanted)):
             if i == self.join:  # in CaiT patches are by themselves until then
                 x = torch.cat([cls, x], dim=1)  # (B, T, D)
-            alone = cls_only and i == len(self.blocks) - 1
-            x = self.step(self.blocks[i], x, 1 if alone else None)
+            asking = 1 if cls_only and i == len(self.blocks) - 1 else None
+            if self.checkpointing and self.training:
+                x = checkpoint(self.blocks[i], x, asking, use_reentrant=False)
+            else:
+                x = self.blocks[i](x, asking)
             if i + 1 in wanted:
                 kept.append(self.norm(x if i >= self.join else torch.cat([cls, x], dim=1)))
         x = torch.cat(kept, dim=2) if len(kept) > 1 else kept[0]
         first = 1 + self.config.registers  # the first patch
         return {"cls": x[:, 0], "registers": x[:, 1:first], "patches": x[:, first:]}
-
-    def step(self, block: Block, x: Tensor, asking: int | None = None) -> Tensor:
-        if self.checkpointing and self.training:
-            return checkpoint(block, x, asking, use_reentrant=False)
-        return block(x, asking)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -620,22 +616,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A .safetensors file: 8 bytes with the length of a JSON text, {name: type, shape, from and to
     which byte of the rest}; then the bytes. ValueError: it is none, or a part is missing."""
-    data, state, spans = bytearray(path.read_bytes()), {}, []
+    data, state, end = bytearray(path.read_bytes()), {}, 0
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         need(8 < start <= len(data), "its header ends beyond the file's end")
-        for name, one in json.loads(data[8:start]).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, (low, high) = DTYPES[one["dtype"]], one["shape"], one["data_offsets"]
-            need(0 <= low < high <= len(data) - start, f"{name} lies beyond the file's end")
-            spans.append((low, high))
-            part = memoryview(data)[start + low : start + high]
-            state[name] = torch.frombuffer(part, dtype=dtype).view(shape).clone()
-        spans.sort()
-        ends = [0, *(high for _, high in spans)]  # each begins where the one before it ends
-        need([low for low, _ in spans] == ends[:-1] and start + ends[-1] == len(data),
-             "its tensors overlap, or leave bytes over")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        # In the order of their bytes: each begins where the one before it ends.
+        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            low, high = one["data_offsets"]
+            need(end == low < high <= len(data) - start, f"{name}'s bytes are not where they ought "
+                 "to be")
+            end, part = high, memoryview(data)[start + low : start + high]
+            tensor = torch.frombuffer(part, dtype=DTYPES[one["dtype"]])
+            state[name] = tensor.view(one["shape"]).clone()
+        need(start + end == len(data), "bytes are left over")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as err:
         raise ValueError(f"{path} is cut short, damaged, or no safetensors file of weights "
                          f"({str(err).splitlines()[0][:100]}); copy it again") from None
@@ -686,10 +681,9 @@ def load(path, network: str = "teacher") -> ViT:
         if network == "untrained":
             seed, init = state["args"]["seed"], state["args"].get("init")
         else:
-            # Beside the backbone there are heads; DistributedDataParallel's prefix comes before it.
-            parts = ((name.partition("backbone."), x) for name, x in state.get(network, {}).items())
-            weights = {name: value for (_, found, name), value in parts if found}
-            weights = state["weights"] if alone else weights
+            weights = state["weights"] if alone else {
+                name.removeprefix("backbone."): value for name, value in state[network].items()
+                if name.startswith("backbone.")}  # the others are the heads'
             model = ViT(cfg)
             check_weights(weights, network)
             model.load_state_dict(weights)
@@ -716,9 +710,8 @@ def described(model: ViT) -> str:
              f"{parameters(model)[0] / 1e6:.2f} M parameters", f"made for {c.image_size} px"]
     parts += ["LayerScale"] if c.layerscale else []
     parts += [f"{c.registers} registers"] if c.registers else []
-    by_block = {"qkv", "proj", "mlp"} & set(c.spec)
     if c.spec:
-        where = f" in the {c.spec_where} {c.spec_blocks} blocks" if by_block else ""
+        where = f" in the {c.spec_where} {c.spec_blocks} blocks" if c.spec_blocks else ""
         parts.append(f"specialised: {' and '.join(c.spec)}{where}")
     return ", ".join(parts)
 
@@ -727,24 +720,21 @@ def start(cfg: Config, init: str | None = None) -> ViT:
     """A network at step 0: new; or with shape and weights (the teacher's) of the file `init`, and
     of cfg only drop_path and how it is specialised. ValueError: it is specialised in another way.
     """
-    return continued(cfg, init) if init else ViT(cfg)
-
-
-@torch.random.fork_rng(devices=[])  # what is drawn here moves nothing that is drawn later, heads
-def continued(cfg: Config, init: str) -> ViT:
-    """`start` from a file."""
-    given = load(init)
-    model = ViT(replace(given.config, drop_path=cfg.drop_path))
-    model.load_state_dict(given.state_dict())
-    model.origin = given.origin
-    has, wanted = ([getattr(c, name) for name in NO_SPEC] for c in (given.config, cfg))
-    if has == wanted:
-        return model
-    need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
-         f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or "
-         "give a plain one")
-    return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
-                      cfg.registers_path, cfg.spec_init)
+    if not init:
+        return ViT(cfg)
+    with torch.random.fork_rng(devices=[]):  # so that the heads drawn later are not moved
+        given = load(init)
+        model = ViT(replace(given.config, drop_path=cfg.drop_path))
+        model.load_state_dict(given.state_dict())
+        model.origin = given.origin
+        has, wanted = ([getattr(c, name) for name in NO_SPEC] for c in (given.config, cfg))
+        if has == wanted:
+            return model
+        need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
+             f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or "
+             "give a plain one")
+        return specialize(model, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
+                          cfg.registers_path, cfg.spec_init)
 
 
 # In public files, but no part of a backbone.
@@ -853,19 +843,3 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
         raise ValueError(f"{name}: {' '.join(lines)}") from None
     model.origin = f"{described(model)}; all {taken} tensors of the backbone used"
     return model.eval()
-
-
-def main() -> None:
-    print("size   patch     plain    norms  + qkv, a third  GFLOPs at 224 px")
-    for size, (*_, patch) in SIZES.items():
-        with torch.device("meta"):  # shapes alone, no memory
-            plain, norms, both = (ViT(config(size, spec=spec))
-                                  for spec in ((), ("norms",), ("norms", "qkv")))
-        base = parameters(plain)[0]
-        more = [parameters(model)[0] / base - 1 for model in (norms, both)]
-        print(f"{size:6} {patch:5} {base / 1e6:7.2f} M {more[0]:+8.2%} {more[1]:+15.2%} "
-              f"{flops(both.config, 224, 224) / 1e9:17.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,8 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 SPLITS = ("train", "probe", "test", "val")
-CLASSES = ("sky", "grass", "sand", "paving",
-                 "ball", "bush", "crate", "house", "drum", "trunk")
+CLASSES = "sky", "grass", "sand", "paving", "ball", "bush", "crate", "house", "drum", "trunk"
 # Materials. Each comes in three paints, a third of the circle of hues apart and between those of
 # others: their mean is a grey. So the mean colour has no hue to name a class by (its brightness
 # differs a little, .43 to .67); shape and texture can, or knowing which paints there are. Hue, in
@@ -105,9 +104,7 @@ def crossings(o, d, surfaces: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scenes:
-    """A small world made by formula: balls, bushes, crates, houses, drums and trunks under a sky.
-
-    Scenes(split, size S, seed)(index), index (B,) int64 on any device, renders there and returns
+    """Scenes(split, size S, seed)(index), index (B,) int64 on any device, renders there and returns
       image: uint8 (B, 3, S, S), RGB
       mask:  uint8 (B, S, S), positions in `classes`
       depth: float32 (B, S, S), metres along the optical axis; 0 = not valid (sky, beyond max_depth)

@@ -39,7 +39,7 @@ import statistics
 import sys
 import time
 import zlib
-from contextlib import ExitStack, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -274,10 +274,9 @@ def parse(argv) -> argparse.Namespace:
         p.error("argument --resume: --overwrite starts anew; give one of them")
     if args.root and args.data not in eval_dense.OPEN:
         p.error(f"argument --root: is for sets by name, {', '.join(eval_dense.OPEN)}; leave it out")
-    if args.bench and args.resume:
-        p.error("argument --bench: times steps of noise and keeps nothing; leave out --resume")
-    if args.bench and args.download:
-        p.error("argument --bench: times steps of noise; leave out --download")
+    if args.bench and (args.resume or args.download):
+        p.error("argument --bench: times steps of noise and keeps nothing; leave out --resume and "
+                "--download")
     for name in SHAPE if args.init else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
@@ -394,10 +393,12 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
         return
     # Scenes fit into memory, so they are made once, on the device, and then only picked.
     world, parts = Scenes("train", args.source_size), torch.arange(n, device=args.device).split(256)
-    made = [world(part) for part in
-            (bar(parts, "rendering Scenes", len(parts)) if rank == 0 else parts)]
-    images = torch.cat([some["image"] for some in made])
-    labels = torch.cat([some["label"] for some in made])
+    images, labels = [], []  # without masks and depths, which are twice as many bytes
+    for part in bar(parts, "rendering Scenes", len(parts)) if rank == 0 else parts:
+        made = world(part)
+        images.append(made["image"])
+        labels.append(made["label"])
+    images, labels = torch.cat(images), torch.cat(labels)
     for i in order:
         i = i.to(args.device, non_blocking=True)
         yield images[i], labels[i], []
@@ -858,17 +859,12 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
-    groups, apart = {}, ["last", "patch_embed"]
-    # A factor of 1 makes no group, so that old checkpoints, without such factors, have the same.
-    if args.cls_lr != 1:
-        apart += ["cls"]
-    if args.head_lr != 1:
-        apart += ["cls_head", "patch_head"]
+    groups, kinds = {}, ("last", "patch_embed", "cls", "cls_head", "patch_head")
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
         if args.supervised:  # DeiT's are free, DINO's and DINOv2's are not
             free |= name.endswith(("pos_embed", "cls_token"))
-        kind = next((k for k in apart if k in name.split(".")), "rest")
+        kind = next((kind for kind in kinds if kind in name.split(".")), "rest")
         group = groups.setdefault((kind, free), {"params": [], "kind": kind, "free": free})
         group["params"].append(p)
     return torch.optim.AdamW(groups.values(), lr=0.0, fused=True)  # fused: one pass over all
@@ -970,7 +966,7 @@ class RunFolder:
         self.lock.write(f"{os.getpid()}\n")
         self.lock.flush()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Take away what says nothing without a checkpoint, and the folder, if that was all."""
         if self.begun and self.saved is None:
             for name in ("config.json", "log.jsonl"):
@@ -1020,7 +1016,7 @@ class RunFolder:
                 torch.save(state, out)
                 out.flush()
                 os.fsync(out.fileno())
-            for name in ("eval", "analysis") if step != self.saved else ():
+            for name in ("eval", "analysis"):
                 results = self.path / f"{name}.json"
                 if self.new:  # from here on the folder is the new run's
                     results.unlink(missing_ok=True)
@@ -1063,20 +1059,16 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     path = args.out / "last.pt"
     need(path.exists(), f"--resume: there is no {path}; leave out --resume, or correct --out")
     state = clsspec.read(path)
-    wanted = {"args": dict, "step": int, "student": dict, "teacher": dict, "optimizer": dict}
+    wanted = {"args": dict, "step": int, "global_batch": int, "student": dict, "teacher": dict,
+              "optimizer": dict}
     need(all(isinstance(state.get(key), kind) for key, kind in wanted.items()),
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
     theirs, step = state["args"], state["step"]
     now = as_json(args)
     differ = {name for name in now.keys() - FREE if theirs.get(name, now[name]) != now[name]}
-    differ -= set(SHAPE) if args.init else set()
     flag = {name: f"--{name.replace('_', '-')}" for name in differ} | {"found": "--data with"}
     odd = [f"{flag[name]} {theirs[name]} (now {now[name]})" for name in sorted(differ)]
-    # Old checkpoints do not say on how many ranks they were made; their folder does.
-    config = eval_dense.read_json(args.out / "config.json")
-    with eval_dense.intact(args.out / "config.json"):
-        alone = int(theirs.get("batch_size", args.batch_size) * config.get("processes", 1))
-    batch, here = state.get("global_batch", alone), args.batch_size * ranks
+    batch, here = state["global_batch"], args.batch_size * ranks
     if batch != here:
         odd.append(f"a global batch of {batch} pictures (now {here} = --batch-size "
                    f"{args.batch_size} x {ranks})")
@@ -1090,8 +1082,6 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
         why = " ".join(str(err).split())[:200]
         raise ValueError(f"--resume: {path} is not a checkpoint of this run ({why})") from None
-    odd = clsspec.not_finite(state["student"])
-    need(not odd, f"--resume: {odd} in {path} is not finite; start anew with a lower --lr")
     return step, theirs.get("steps", args.steps)
 
 
@@ -1256,6 +1246,9 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
     n, batch = args.pictures, args.batch_size * ranks
     need(folder or n >= batch, f"a global batch of {batch} pictures is larger than the set: --data "
          f"scenes has {n}; lower --batch-size or raise --pictures")
+    need(not args.init or clsspec.weights_file(args.init).resolve()
+         != (args.out / "last.pt").resolve(), f"--init {args.init} is what --out {args.out} would "
+         "replace; give another --out")
 
 
 def check_finite(rows: Tensor, names: list[str], first: int, kept: str) -> None:
@@ -1318,8 +1311,7 @@ def own_table(args, folder: Folder) -> None:
           f"\n{'':18}right, % (higher is better)")
     for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
-        size = eval_dense.whole_patches(args.image_size, model.config.patch)
-        every = eval_dense.Pictures(rows, size=size, device=torch.device(args.device))
+        every = eval_dense.Pictures(rows, size=args.image_size, device=torch.device(args.device))
         p = eval_dense.PROTOCOLS["imagefolder"]
         try:
             found = eval_dense.features(model, every, p, False, args.workers)
@@ -1370,14 +1362,7 @@ def run(args, rank: int, ranks: int) -> None:
     del shape
 
     torch.manual_seed(args.seed)
-    with ExitStack() as leaving:
-        out = None
-        if main:
-            need(not args.init or clsspec.weights_file(args.init).resolve()
-                 != (args.out / "last.pt").resolve(), f"--init {args.init} is what --out "
-                 f"{args.out} would replace; give another --out")
-            out = RunFolder(args)
-            leaving.callback(out.leave)
+    with closing(RunFolder(args)) if main else nullcontext() as out:
         if ranks > 1:
             dist.barrier()  # the others begin when the first one has the folder
         student = Network(args).to(args.device)
@@ -1414,7 +1399,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     None on all ranks but the first; skipped: unreadable files until now."""
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
     n = epoch_size(args, folder, batch)
-    done, window, tick, stopped = first, [], 0.0, None
+    done, window, tick = first, [], 0.0
     cpu, threads, said = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
     told = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
@@ -1455,14 +1440,13 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
 
     # A signal leaves at once from what takes long, but not from the midst of a step or a save.
-    whole = signals.held if ranks == 1 else nullcontext  # several ranks: see `run`
     pictures = batches(args, folder, first, rank, ranks)
-    while done < args.steps and not stopped:
-        try:
+    try:
+        while done < args.steps:
             img, labels, bad = next(pictures)
             if not tick:  # from when there are pictures
                 tick, cpu = time.time(), time.process_time()
-            with whole():
+            with signals.held():
                 now, values = train_step(args, learner, teacher, optimizer, img, labels, done, rank,
                                          ranks)
                 window.append(torch.stack(list(values.values())))
@@ -1474,7 +1458,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             probing = args.probe_every and done % args.probe_every == 0
             saving = done == args.steps or done % args.save_every == 0
             found = probe(teacher.backbone) if out and probing else {}
-            with whole():
+            with signals.held():
                 if logging or probing or saving:
                     log(found)
                 if saving:
@@ -1483,21 +1467,17 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                 came = torch.tensor(float(signals.came), device=args.device)
                 if all_sum(came).item():
                     raise Stopped(signals.came or SIGTERM, False)
-        except Stopped as signal:
-            stopped = signal
-            if stopped.at_once or done == first:
-                stopped.text = f"; {out.kept() if out else ''}"
-                raise
-    if stopped:
-        if window:
-            log({})
-        save()
+    except Stopped as stopped:
+        stopped.text = f"; {out.kept() if out else ''}"
+        if done > first and not stopped.at_once:
+            if window:
+                log({})
+            save()
+            stopped.text = f"; step {done} is saved, go on with --resume"
+            if not out:
+                sys.exit(128 + stopped.number)  # the first rank says it
+        raise
     progress.close()
-    if stopped and not out:
-        sys.exit(128 + stopped.number)  # the first rank says it
-    if stopped:
-        stopped.text = f"; step {done} is saved, go on with --resume"
-        raise stopped
 
 
 def main(argv=None) -> None:

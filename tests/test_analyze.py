@@ -319,20 +319,20 @@ def test_foreground_that_is_planted(tmp_path):
 
 
 def test_probes_are_read_from_eval_json(tmp_path):
-    def result(miou, layer):
-        return {"miou": miou, "protocol": {"layer": layer}}
+    def result(miou, *layers):
+        return {"miou": miou, "protocol": {"layers": layers}}
 
     model = SimpleNamespace(config=SimpleNamespace(depth=3))
     run, file = subject(home=tmp_path, model=model), tmp_path / "eval.json"
     assert all(map(math.isnan, analyze.probes(run)))
     file.write_text(json.dumps({
-        "teacher scenes tasks=seg,depth": result(30.0, None), "teacher scenes tasks=seg layer=2": result(20.0, 2),
-        "teacher scenes layer=1 seed=3": result(9.0, 1), "untrained scenes layer=1": result(8.0, 1),
-        "teacher voc layer=1": result(7.0, 1), "teacher scenes layers=1": {"miou": 25.0, "protocol": {"layers": [1]}},
-        "teacher scenes layers=2,3": {"miou": 99.0, "protocol": {"layers": [2, 3]}}, "teacher scenes tasks=knn layer=1": {"knn": 5.0, "protocol": {"layer": 1}}}))
+        "teacher scenes tasks=seg,depth": result(30.0), "teacher scenes tasks=seg layers=2": result(20.0, 2),
+        "teacher scenes layers=1 seed=3": result(9.0, 1), "untrained scenes layers=1": result(8.0, 1),
+        "teacher voc layers=1": result(7.0, 1), "teacher scenes layers=1": result(25.0, 1),
+        "teacher scenes layers=2,3": result(99.0, 2, 3), "teacher scenes tasks=knn layers=1": {"knn": 5.0}}))
     found = analyze.probes(run)
     assert found == [25, 20, 30]
-    file.write_text(json.dumps({"teacher pairs nyu layer=1": result(7.0, 1), "teacher pairs b layer=1": result(6.0, 1)}))
+    file.write_text(json.dumps({"teacher pairs nyu layers=1": result(7.0, 1), "teacher pairs b layers=1": result(6.0, 1)}))
     run.args.data, run.args.root = "pairs", "at/nyu"
     assert analyze.probes(run)[0] == 7
     file.write_text("{")

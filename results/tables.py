@@ -200,8 +200,7 @@ def claims(group: dict) -> str:
     for the number of claims that the plan has."""
     arms, outcomes = study.CLAIMS
     found = []
-    # fromkeys: each once, as the best arm may be one of question 1, too.
-    for arm, (head, what) in product(dict.fromkeys(arms), OUTCOMES.items()):
+    for arm, (head, what) in product(arms, OUTCOMES.items()):
         d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:
             found.append((arm, head, what[2], d))
@@ -216,29 +215,6 @@ def claims(group: dict) -> str:
                    f"{shown(d, digits)} | {d['p']:.3f} | {p:.3f} |")
     title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
     return "\n".join([title + "|", *out]) if out else ""
-
-
-def choice(group: dict) -> str:
-    """What the seeds for choosing choose, by the rule of STUDY.md: an arm, and plain's rate."""
-    miou = {arm: numbers(seeds, "teacher scenes", "miou") for arm, seeds in group.items() if seeds}
-    arms = [arm for arm in miou if "--spec" in arm_of(arm).flags and arm_of(arm).control == "plain"]
-    if not arms:
-        return ""
-    common = set.intersection(*(set(miou[arm]) for arm in arms))  # of each arm the same seeds
-    if not common:
-        return ""
-    means = {arm: mean(miou[arm][seed] for seed in common) for arm in arms}
-    order = sorted(means, key=means.get, reverse=True)
-    out = [f"Mean mIoU over seeds {sorted(common)}: "
-           + ", ".join(f"{arm_of(arm).label} {means[arm]:.2f}" for arm in order)]
-    for arm in ("plain-half", "plain-double"):
-        d = difference(group, arm, "teacher scenes", "miou") if arm in miou else None
-        if d:
-            error = stdev(d["each"].values()) / d["n"] ** 0.5
-            better = "better" if d["difference"] > error else "not better"
-            out.append(f"{arm_of(arm).label}: {d['difference']:+.2f}, standard error {error:.2f}: "
-                       f"{better} than plain")
-    return "\n\n".join(out)
 
 
 FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
@@ -270,8 +246,7 @@ def slopes(group: dict) -> str:
     return "\n".join([title, *out]) if out else ""
 
 
-GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), (study.BEST_ARM, "best-x4"),
-         (study.BEST_ARM, "best-x16"))
+GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), ("best", "best-x4"), ("best", "best-x16"))
 
 
 def grows(group: dict) -> str:
@@ -297,7 +272,7 @@ def tables(lines: list[dict]) -> str:
         out.append(f"{scale}, trained on {study.DATA[data]}, {use}")
         out += [table(group), grows(group)]
         if (scale, data, use) == ("nano", "scenes", "seeds for choosing"):
-            out += [choice(group), slopes(group)]
+            out.append(slopes(group))
         if (scale, data, use) == ("nano", "scenes", "seeds for claims"):
             count = len(study.CLAIMS[0]) * len(study.CLAIMS[1])
             out += [f"Claims of the plan (intervals are not corrected, Holm's p for all {count}):",
@@ -311,7 +286,7 @@ def tables(lines: list[dict]) -> str:
 
 
 SHOWN = "mIoU % ↑", "RMSE m ↓", "linear % ↑", "k-NN % ↑"
-HORIZON = {1250: study.BEST_ARM, 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
+HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
 
 
 def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:

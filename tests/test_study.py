@@ -117,11 +117,8 @@ def test_a_line_says_how_far_apart_the_copies_are(tmp_path):
     assert study.line_of(tmp_path, tmp_path, "nano", "scenes", "qkv8", 40)["results"]["copies"]["qkv"] == 1.5
 
 
-def test_what_is_not_chosen_yet_waits(small, monkeypatch):
-    """An arm that needs the choice is not run, and once it is made, a run of another choice is not taken for it."""
+def test_a_run_of_other_flags_is_not_taken_for_an_arms(small, monkeypatch):
     monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "best"), (100, 101))])
-    monkeypatch.setitem(study.ARMS, "best", study.Arm(f"--steps 9 {study.NOT_YET}", "best"))
-    assert {line["arm"] for line in small()} == {"plain"}
     monkeypatch.setitem(study.ARMS, "best", study.Arm("--spec norms", "best"))
     assert {line["arm"] for line in small("--workers", 2)} == {"plain", "best"}
     small("--tables")
@@ -129,23 +126,6 @@ def test_what_is_not_chosen_yet_waits(small, monkeypatch):
         monkeypatch.setitem(study.ARMS, "best", study.Arm(others, "best"))
         with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm has: python train.py --scale nano --spec norms --seed"):
             small("--tables")
-
-
-def test_the_choice_is_the_plans(small, monkeypatch, capsys):
-    """Over seeds that all have; plain's rate is another one if that is better by more than the standard error of the pairs."""
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "qkv8", "qkv8-k3", "plain-half", "plain-double", "plain-large", "qkv8-large"), (40, 41, 42))])
-    lines = small("--workers", 2)
-    mine = {"qkv8": [1, 1, 1], "qkv8-k3": [2, 2, -9], "plain-half": [0, 2, 4], "plain-double": [-1, 0, 1.5], "qkv8-large": [9, 9, 9]}
-    for d in lines:
-        d["results"]["teacher scenes"]["miou"] = 30 + mine.get(d["arm"], [0] * 3)[d["seed"] - 40]
-    for kept, said in ((lines, "Mean mIoU over seeds [40, 41, 42]: norms, qkv in 8 blocks 31.00, norms, qkv in 8 blocks, copies 3 x 28.33\n"),
-                       ([d for d in lines if d["run"] != "scenes-qkv8-42"], "Mean mIoU over seeds [40, 41]: norms, qkv in 8 blocks, copies 3 x 32.00, norms, qkv in 8 blocks 31.00\n")):
-        small.rewrite(kept)
-        capsys.readouterr()
-        small("--tables")
-        text = capsys.readouterr().out
-        assert said in text and "plain, half the rate: +2.00, standard error 1.15: better than plain" in text
-        assert "plain, twice the rate: +0.17, standard error 0.73: not better than plain" in text
 
 
 def test_what_a_doubling_of_the_copies_rate_changes(small, monkeypatch, capsys):

@@ -173,7 +173,7 @@ def open_picture(file, kind: str = "RGB", upright: bool = False, side: int = 0) 
     if isinstance(file, Tensor):  # uint8 (3, H, W), of a set that has no file for each picture
         return TF.to_pil_image(file)
     try:
-        need(os.path.isfile(file), "there is no such file")
+        need(os.path.isfile(file), "it is not there, or no file")
         with Image.open(file) as img:
             if side:
                 img.draft("RGB", (side, side))  # at 1/2, 1/4 or 1/8, before it is decoded

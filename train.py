@@ -1016,7 +1016,7 @@ class RunFolder:
                 torch.save(state, out)
                 out.flush()
                 os.fsync(out.fileno())
-            for name in ("eval", "analysis"):
+            for name in ("eval", "analysis") if step != self.saved else ():
                 results = self.path / f"{name}.json"
                 if self.new:  # from here on the folder is the new run's
                     results.unlink(missing_ok=True)
@@ -1082,6 +1082,8 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
         why = " ".join(str(err).split())[:200]
         raise ValueError(f"--resume: {path} is not a checkpoint of this run ({why})") from None
+    odd = clsspec.not_finite(state["student"]) or clsspec.not_finite(state["teacher"])
+    need(not odd, f"--resume: {odd} in {path} is not finite; start anew with a lower --lr")
     return step, theirs.get("steps", args.steps)
 
 

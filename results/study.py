@@ -64,7 +64,8 @@ ARMS = {
     "norms-k3": Arm("--spec norms --cls-lr 3", "norms, copies 3 x"),
     "qkv8-fresh": Arm(f"{QKV8} --spec-init fresh", "norms, qkv in 8 blocks, drawn anew"),
     "qkv4-fresh": Arm(f"{QKV4} --spec-init fresh", "norms, qkv in 4 blocks, drawn anew"),
-    "plain-again": Arm("", "plain, again on another CPU"),  # what a difference is of itself
+    # On another CPU than `plain`, which rounds otherwise: what a difference is of itself.
+    "plain-again": Arm("", "plain, again on another CPU"),
     "plain-half": Arm("--lr 2e-3", "plain, half the rate"),
     "plain-double": Arm("--lr 8e-3", "plain, twice the rate"),
     "plain-large": Arm(LARGE, "plain, batch 128", ""),

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -432,6 +433,12 @@ def test_results_of_the_steps_before_are_moved_aside(tmp_path):
     for name in ("eval", "analysis"):
         assert not (tmp_path / f"a/{name}.json").exists()
         assert (tmp_path / f"a/{name}.step4.json").read_text() == '{"teacher scenes": {}}'
+    (tmp_path / "a/eval.json").write_text("{}")
+    out = train.RunFolder(SimpleNamespace(out=tmp_path / "a", resume=True, overwrite=False))
+    out.saved = 6
+    out.save(torch.load(tmp_path / "a/last.pt", weights_only=True))  # of a signal right after a save
+    out.close()
+    assert (tmp_path / "a/eval.json").exists()
 
 
 def test_a_run_does_not_replace_what_it_starts_from(tmp_path):
@@ -969,6 +976,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, monk
     torch.save(state, tmp_path / "a/last.pt")
     with pytest.raises(ValueError, match="a/last.pt.*norm.bias is not finite"):
         clsspec.load(tmp_path / "a/last.pt", network)
+    assert "--resume: backbone.norm.bias in" in error("--out", tmp_path / "a", "--steps", 3, "--resume")
 
 
 def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path, capsys):

@@ -223,6 +223,7 @@ def features(step: Step) -> dict[str, Tensor]:
     """Patches after the final norm (B, N, D), in half precision, and their cosine with [CLS]."""
     patches = step.final[:, step.first :]
     cls = step.final[:, :1] if step.cls else torch.full_like(patches[:, :1], math.nan)
+    # Half precision, as features of all blocks and pictures are held at once.
     return {"patches": patches.half(), "cosine": F.cosine_similarity(patches, cls, dim=-1)}
 
 
@@ -280,6 +281,7 @@ def dimension_numbers(kept: dict, s: Subject) -> dict[str, list]:
     layers = [block.norm1 for block in s.model.blocks] + [s.model.norm]
     for point in POINTS[:2]:
         cls, patch = (torch.tensor(out[f"{point} {who}"]) for who in ("cls", "patch"))
+        # To sum 1: which dimensions are large is asked, not how large all of them are.
         cls, patch = (x / x.sum(1, keepdim=True) for x in (cls, patch))  # (blocks + 1, D)
         out[f"{point} overlap"] = torch.minimum(cls, patch).sum(1).tolist()
     for who in ("cls", "patch"):
@@ -334,6 +336,7 @@ def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, l
 def patch_labels(mask: Tensor, grid) -> Tensor:
     """Class maps (P, H, W), 255 ignored -> the commonest class of each patch (P, N), 255: none."""
     patches = rearrange(mask.long(), "p (h a) (w b) -> p (h w) (a b)", h=grid[0], w=grid[1])
+    # Features know no more than the patch, so its pixels vote, and are not judged one by one.
     classes = range(1 + int(mask[mask != 255].max()))
     pixels = torch.stack([(patches == c).sum(-1) for c in classes], dim=-1)
     return torch.where(pixels.sum(-1) > 0, pixels.argmax(-1), 255)

@@ -271,7 +271,9 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, H, T, d), (B, H, T', d) -> attention (B, H, T, T'), rows sum to 1."""
-        scores = q @ (k * k.shape[-1] ** -0.5).mT  # k has fewer numbers to scale than the scores
+        # A sum of d products grows with sqrt(d), and the softmax of large scores has no slope. It
+        # is k that is scaled: it has fewer numbers than the scores.
+        scores = q @ (k * k.shape[-1] ** -0.5).mT
         return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
@@ -339,6 +341,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); asking = n: only the first n tokens are needed, (B, n, D)."""
+        # A branch reads normed tokens and adds to raw ones: x has a way without a norm through all
+        # blocks, and so has its gradient.
         x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x), asking)), asking)
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
@@ -375,6 +379,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(c.patch, c.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.mask_token = nn.Parameter(torch.zeros(1, c.width))
+        # Attention is the same in any order of tokens, so where a patch lies is added to it.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, c.width))
         # The block from which on [CLS] is there: the first, or in CaiT the first that asks for it.
         self.join = c.depth - c.class_attn if c.class_attn else 0
@@ -442,7 +447,7 @@ class ViT(nn.Module):
             x = torch.cat([self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         # [CLS] stands for no place either; its position is one more learnt vector, kept as public
         # weights have it.
-        cls = (self.cls_token + positions[:, :1]).to(x.dtype)
+        cls = (self.cls_token + positions[:, :1]).to(x.dtype)  # the same in every picture
         return cls.expand(len(x), -1, -1), x
 
     def forward(self, img: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = (),
@@ -503,7 +508,9 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
             m.weight.data = torch.randn_like(m.weight) * m.weight.data.std()
 
     for i, block in enumerate(model.blocks):
-        if "norms" in c.spec:  # in every block
+        # In every block: where they are shared, norms already pull [CLS] and patches apart, since
+        # the two are large in other dimensions (the paper's observation).
+        if "norms" in c.spec:
             fork(block, "norm1")
             fork(block, "norm2")
         if "norms" in c.spec and c.layerscale:

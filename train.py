@@ -650,7 +650,7 @@ def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     Sinkhorn-Knopp over the batches of all ranks, as in SwAV (arXiv 2006.09882) and DINOv2."""
     # Without it one prototype could take all pictures, and the student's task would be trivial.
     q = torch.exp((logits - 1) / temp)  # at most 1
-    for _ in range(iterations):
+    for _ in range(iterations):  # each undoes a little of what the other did, less every time
         q = q / all_sum(q.sum(0)).clamp(min=1e-30)  # every prototype gets the same weight ...
         q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # ... and every token too
     return q
@@ -706,6 +706,7 @@ def koleo(z: Tensor) -> Tensor:
         dots = z @ everyone.T
         dots.diagonal(rank * len(z)).fill_(-2)  # not itself: -1 is the least of all cosines
         near = dots.argmax(1)  # of unit vectors, the largest product is the smallest distance
+    # The logarithm: who has a neighbour close by is pushed hardest. 1e-8: two may be the same.
     return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
 
 
@@ -735,6 +736,7 @@ class Network(nn.Module):
                                  drop_path=args.drop_path)
         self.backbone = clsspec.start(cfg, args.init)
         self.backbone.checkpointing = args.checkpointing
+        # What no loss reaches must not be waited for by DistributedDataParallel.
         self.backbone.mask_token.requires_grad = args.ibot > 0
         self.supervised = args.supervised
         args.precision = args.precision or precision_for(args.device, cfg.width)
@@ -840,6 +842,7 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
     peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
     rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
     return {"lr": cosine(step, args.steps, peak, args.lr_end, int(args.warmup * args.steps)),
+            # Little at first, when all is to be found; more later, when little is left to learn.
             "wd": cosine(step, args.steps, args.wd, args.wd_end),
             "ema": cosine(step, args.steps, args.ema, args.ema_end),
             "temp": args.temp_start + (args.temp_end - args.temp_start) * rise}
@@ -847,6 +850,7 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
 
 def make_teacher(student: Network) -> Network:
     """A copy of the student that takes no gradient and skips no branch."""
+    # Did it learn by gradients, too, both could agree on one answer for all pictures.
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 

@@ -1501,7 +1501,7 @@ def main(argv=None) -> None:
             run(args, rank, ranks)
         finally:
             if dist.is_initialized():
-                time.sleep(0.1)  # gloo's threads let go of their last tensors, or torch 2.6 may hang
+                time.sleep(0.1)  # gloo's threads let go of their last tensors, or torch 2.6 hangs
                 dist.destroy_process_group()
 
 

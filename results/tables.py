@@ -321,14 +321,19 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
 
 
 def curves(ax, group: dict, arms, points) -> None:
-    """A thin line a seed, a thick one their mean. points(line): [(x, y)] of a run."""
+    """A line an arm, the mean of its seeds, in a band of their mean ± standard deviation.
+    points(line): [(x, y)] of a run."""
     for i, arm in enumerate(arms):
-        found = [points(line) for line in group[arm].values()]
-        for run in found:
-            ax.plot(*zip(*run), **analyze.style(i), linewidth=0.8, alpha=0.4)
-        # zip(*found): the same place of every run; zip(*place): its xs, its ys
-        middle = [[mean(values) for values in zip(*place)] for place in zip(*found)]
-        ax.plot(*zip(*middle), **analyze.style(i), linewidth=2, label=arm_of(arm).label)
+        # At each x one number a seed: zip(*runs) takes the same point of every run.
+        places = [*zip(*(points(line) for line in group[arm].values()))]
+        xs = [place[0][0] for place in places]
+        values = [[y for _, y in place] for place in places]
+        middle = [mean(ys) for ys in values]
+        around = [stdev(ys) if len(ys) > 1 else 0 for ys in values]
+        ax.fill_between(xs, [m - s for m, s in zip(middle, around)],
+                        [m + s for m, s in zip(middle, around)],
+                        color=analyze.style(i)["color"], alpha=0.12, linewidth=0)
+        ax.plot(xs, middle, **analyze.style(i), linewidth=2, label=arm_of(arm).label)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 

@@ -324,18 +324,13 @@ def curves(ax, group: dict, arms, points) -> None:
     """A line an arm, the mean of its seeds, in a band of their mean ± standard deviation.
     points(line): [(x, y)] of a run."""
     for i, arm in enumerate(arms):
-        # At each x one number a seed: zip(*runs) takes the same point of every run.
-        places = [*zip(*(points(line) for line in group[arm].values()))]
-        xs = [place[0][0] for place in places]
-        values = [[y for _, y in place] for place in places]
-        middle = [mean(ys) for ys in values]
-        around = [stdev(ys) if len(ys) > 1 else 0 for ys in values]
-        ax.fill_between(xs, [m - s for m, s in zip(middle, around)],
-                        [m + s for m, s in zip(middle, around)],
-                        color=analyze.style(i)["color"], alpha=0.12, linewidth=0)
-        ax.plot(xs, middle, **analyze.style(i), linewidth=2, label=arm_of(arm).label)
+        runs = torch.tensor([points(line) for line in group[arm].values()])  # (seeds, points, 2)
+        x, y = runs[0, :, 0], runs[..., 1]
+        middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
+        how = analyze.style(i)
+        ax.fill_between(x, middle - spread, middle + spread, color=how["color"], alpha=0.12)
+        ax.plot(x, middle, **how, linewidth=2, label=arm_of(arm).label)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
 
 
 def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
@@ -355,15 +350,17 @@ def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
     arms = [arm for arm in ("plain", *there) if group[arm]]
     curves(ax, group, arms, lambda line: [*enumerate(line["cosine by block"], 1)])
     ax.set(ylabel="cosine of [CLS] and patches", xlabel="block, after norm1; 13: the final norm")
+    ax.legend(fontsize=8)
     fig.savefig(file.with_name("study-cosines.png"), dpi=90)
 
     long = [arm for arm in study.ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
     if long:
         metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
         fig, axes = analyze.canvas(3, 3)
-        fig.set_size_inches(11, 3.4)
+        fig.set_size_inches(11, 4)
         for ax, (head, metric) in zip(axes, metrics.items()):
             curves(ax, group, long, lambda line: [
                 (probe["step"], probe[metric]) for probe in line["probes"]])
             ax.set(title=f"online {head}", xlabel="training step")
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         fig.savefig(file.with_name("study-online.png"), dpi=90)

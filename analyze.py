@@ -703,9 +703,9 @@ def comparison_table(a: str, b: str, found: dict) -> None:
 
 
 def style(i: int) -> dict:
-    """How the line of model i looks: 16 differ, the first four without colour, too."""
-    lines, colours = ("-", "--", ":", "-."), ("#0072B2", "#D55E00", "#009E73", "#444444")
-    return {"linestyle": lines[(i + i // 4) % 4], "color": colours[i % 4]}
+    """How the line of model i looks: 20 differ, the first four without colour, too."""
+    colours = "#0072B2", "#D55E00", "#009E73", "#444444", "#CC79A7"
+    return {"linestyle": ("-", "--", ":", "-.")[i % 4], "color": colours[i % 5]}
 
 
 def canvas(panels: int, columns: int, **more):

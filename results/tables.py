@@ -203,14 +203,15 @@ def claims(group: dict) -> str:
     for arm, (head, what) in product(arms, OUTCOMES.items()):
         d = difference(group, arm, *what[:2]) if head.split()[0] in outcomes else None
         if d:
-            found.append((arm, head, what[2], d))
-    # Those whose runs are still to come count, too, as if they had no effect.
+            planned = len({seed for data, some, seeds in study.PLAN for seed in seeds
+                           if data == "scenes" and arm in some and seed in study.CLAIM})
+            found.append((arm, head, what[2], d, planned))
+    # Those whose pairs are not all there count, too, as if they had no effect.
     to_come = len(arms) * len(outcomes) - len(found)
-    corrected = holm([d["p"] for *_, d in found] + [1.0] * to_come)
+    corrected = holm([d["p"] if d["n"] == planned else 1.0 for *_, d, planned in found]
+                     + [1.0] * to_come)
     out = []
-    for (arm, head, digits, d), p in zip(found, corrected):
-        planned = len({seed for data, some, seeds in study.PLAN for seed in seeds
-                       if data == "scenes" and arm in some and seed in study.CLAIM})
+    for (arm, head, digits, d, planned), p in zip(found, corrected):
         out.append(f"| {arm_of(arm).label} | {head} | {d['n']} of {planned} | "
                    f"{shown(d, digits)} | {d['p']:.3f} | {p:.3f} |")
     title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
@@ -324,7 +325,8 @@ def curves(ax, group: dict, arms, points) -> None:
     """A line an arm, the mean of its seeds, in a band of their mean ± standard deviation.
     points(line): [(x, y)] of a run."""
     for i, arm in enumerate(arms):
-        runs = torch.tensor([points(line) for line in group[arm].values()])  # (seeds, points, 2)
+        # (seeds, points, 2)
+        runs = torch.tensor([points(line) for line in group[arm].values()], dtype=torch.float64)
         x, y = runs[0, :, 0], runs[..., 1]
         middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
         how = analyze.style(i)

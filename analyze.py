@@ -160,6 +160,7 @@ def cosines(step: Step) -> dict[str, Tensor]:
     patches = F.normalize(step.final[:, step.first :].float(), dim=-1)
     kept["shared"] = patches.mean(1).norm(dim=-1)
     kept["neighbours"] = neighbour_excess(patches, step.grid)
+    # Without what all patches share, which makes any two of them alike.
     centred = patches - patches.mean(1, keepdim=True)
     kept["neighbours centred"] = neighbour_excess(centred, step.grid)
     return kept
@@ -233,6 +234,7 @@ def looks(step: Step) -> dict[str, Tensor]:
     return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
 
 
+# Few pictures at once: `attention` holds all heads' weights of a block.
 def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
     """Walk uint8 pictures (P, 3, H, W) through a model, and keep of every step what the functions
     `keeps` make of it -> {function: {name: [a tensor (P, ...) a block]}}."""
@@ -458,7 +460,7 @@ def level(value) -> float:
 # PCA: features as colours.
 
 
-def inner_side(x: Tensor, h: int, w: int) -> Tensor:
+def inner_side(x: Tensor, h: int) -> Tensor:
     """Features (P, h w, D) -> (P, h w) bool: the side of the first component that the border of
     the pictures has less of."""
     positive = rearrange(components(x, 1)[0], "p (h w) 1 -> p h w", h=h) > 0
@@ -472,7 +474,7 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
     front: of the foreground alone, the rest is black."""
     colours, shares, like = [], [], None
     for x, (h, w) in zip(models, grids):
-        keep = inner_side(x, h, w) if front else torch.ones(x.shape[:2], dtype=torch.bool)
+        keep = inner_side(x, h) if front else torch.ones(x.shape[:2], dtype=torch.bool)
         pc, share = components(x, 3, keep)
         pc = rearrange(pc, "p (h w) c -> c p h w", h=h)
         keep = keep.view(len(x), h, w)
@@ -497,7 +499,7 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
 def pca(path: Path, models: list[Tensor], subjects: list[Subject]) -> dict[str, dict]:
     """Draw the components of each model's features (P, N, D) -> {model: shares of the variance}."""
     colours, shares = rgb(models, [s.grid for s in subjects], subjects[0].args.foreground)
-    rows = {"picture": list(subjects[0].img[:8] / 255)}
+    rows = {"picture": list(subjects[0].img[:8] / 255)}  # a sheet is eight pictures wide at most
     for s, colour in zip(subjects, colours):
         title = " ".join(textwrap.wrap(s.name, 14))  # as much as the margin has room for
         rows[title] = list(colour[:8])
@@ -585,6 +587,7 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
     with intact(analysed):
         for name, found in read_json(analysed).items():
             models = found.get("models", {})  # others may be beside it
+            # Named with its folder where two models of one call had the same name.
             own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
             flat = {}
             for key in BLOCKS.get(name.partition(" ")[0], ()):
@@ -719,8 +722,8 @@ def canvas(panels: int, columns: int, **more):
 
 
 def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
-    """The lines of a panel: (number of the model, number of the quantity, x, y). None if they are
-    flat and at one height, as where there are no outliers: the table has said that."""
+    """The lines of a panel: (number of the model, number of the quantity, x, y). No line if all
+    are flat and at one height, as where there are no outliers: the table has said that."""
     lines, every = [], []
     for i, numbers in enumerate(results.values()):
         for j, key in enumerate(keys):
@@ -850,6 +853,7 @@ def subjects_of(args) -> list[Subject]:
         model = clsspec.load(file, args.network).to(args.device)
         print(f"{name}: {model.origin}")
         patch, side = model.config.patch, model.config.image_size // model.config.patch
+        # Of 8 to 16 patches: enough to see shapes, few enough for a CPU.
         size = args.image_size or max(8, min(16, side)) * patch
         need(size % patch == 0, f"--image-size {size} is no multiple of {patch}, the patch of "
              f"{name}; try {eval_dense.whole_patches(size, patch)}")

@@ -1103,12 +1103,11 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Class maps (B, H, W) -> counts (B, classes, classes), row = truth; truth 255 is ignored."""
     # A table for each picture, as `difference` draws pictures anew and adds up theirs.
-    counts = []
-    for guess, true in zip(predicted, truth):
-        known = true != 255
-        pair = true[known].long() * classes + guess[known]  # (pixels,): a number for each pair
-        counts.append(torch.bincount(pair, minlength=classes**2).view(classes, classes))
-    return torch.stack(counts)
+    b, known = len(predicted), truth != 255
+    picture = torch.arange(b, device=truth.device)[:, None, None].expand_as(truth)
+    # A number for each triple of picture, true and predicted class, of each pixel: (pixels,).
+    triple = (picture * classes + truth.long()) * classes + predicted
+    return torch.bincount(triple[known], minlength=b * classes**2).view(b, classes, classes)
 
 
 def class_iou(counts: Tensor) -> Tensor:

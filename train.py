@@ -100,7 +100,7 @@ SCALES = {
                   head_norm="batch", centring="sinkhorn", lr=1e-3, lr_batch=256, warmup=0.1,
                   patch_embed_lr=1.0, drop_path=0.0, layerscale=0.1, ema=0.98, ema_end=0.995,
                   temp_end=0.04),
-    # A CPU affords some 50,000 looks at pictures; the paper's run has two billion. So nano takes
+    # A CPU affords some 40,000 looks at pictures; the paper's run has two billion. So nano takes
     # small pictures, few tokens, and objectives that fall at once: mild colours (with DINO's, the
     # [CLS] loss stays at ln K for a thousand steps), no more prototypes than a batch can fill, one
     # layer with batch normalisation as a head (a deeper one solves the task alone, the backbone
@@ -217,16 +217,14 @@ FLAGS = {
         ("probe", True, None, "judge the network at the end: k-NN where --data has class folders, "
          "else on Scenes")]}
 SHAPE = "size", "patch", "layerscale", "mlp_ratio", "registers", "attn", "attn_bias", "class_attn"
-SPEC = "spec", "spec_blocks", "spec_where", "spec_rank", "registers_path", "spec_init"
+SPEC = tuple(clsspec.NO_SPEC)
 
 
 def short(path) -> str:
     """A name for a file or folder, and of its folder where it is called as many others are."""
     path = Path(path).absolute()
-    if path.name in clsspec.KNOWN_FILES:
-        return path.parent.name
     common = path.stem in ("train", "images", "pictures", "data")
-    return f"{path.parent.name}-{path.stem}" if common else path.stem
+    return f"{path.parent.name}-{path.stem}" if common else eval_dense.name_of(path)
 
 
 def parse(argv) -> argparse.Namespace:
@@ -324,7 +322,7 @@ def epoch_size(args, folder, batch: int) -> int:
 class Folder(torch.utils.data.Dataset):
     """Pictures on disk, see `eval_dense.picture_files`, or the training split of one of its sets:
     uint8 (3, side, side), RGB; the shorter side is resized, the middle cut out. With each its
-    label, and names of files not readable."""
+    label, and what is wrong with files not readable."""
 
     def __init__(self, data: str, side: int, root: str = "", download: bool = False):
         self.data, self.side = data, side
@@ -367,14 +365,15 @@ class Folder(torch.utils.data.Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
-    """What Folder gives for each picture -> uint8 (B, 3, S, S), labels (B,), unreadable files."""
+    """What Folder gives for each picture -> uint8 (B, 3, S, S), labels (B,), what is wrong with
+    unreadable files."""
     img, labels, bad = zip(*items)
     return torch.stack(img), torch.tensor(labels), sum(bad, [])
 
 
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
-    """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and names of unreadable files, from
-    step `first` on."""
+    """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and what is wrong with unreadable
+    files, from step `first` on."""
     batch = args.batch_size * ranks
     n = epoch_size(args, folder, batch)
     # Every rank knows the whole batch and takes its slice.
@@ -481,6 +480,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
         grey, solarised = u["grey"] < 0.2 * strength, u["solarise"] < solarise * strength
         blurred = u["blur"] < blur
         jittered, most = u["jitter"] < 0.8, (0.4, 0.4, 0.2, 0.1)
+    # DINO's are 0.1 to 2 px; 1e-2 blurs nothing, and is not 0, by which `blurring` divides.
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u["sigma"]), 1e-2)
     change = [torch.where(jittered, strength * limit * (2 * u[name] - 1), 0.0)
               for name, limit in zip(("brightness", "contrast", "saturation", "hue"), most)]
@@ -572,6 +572,7 @@ def make_masks(args, b: int, patch: int, step: int, rank: int, ranks: int) -> Te
     ratio = low + (high - low) * (number + torch.rand(views, generator=draw)) / max(masked, 1)
     wanted = torch.where(number < masked, (ratio * side * side).long(), 0)
     wanted = wanted[torch.randperm(views, generator=draw)]
+    # 20 rectangles: some are dropped, with these 96 % of masks have what is wanted.
     u = torch.rand(views, 20, 4, generator=draw)
     mine = number.view(2, ranks, b)[:, rank].flatten()  # this rank's pictures, in both views
     return block_masks(wanted[mine], side, u[mine])
@@ -631,7 +632,7 @@ class Head(nn.Module):
             steps.append(nn.Linear(i, o, bias=norm == "none"))  # a norm would undo a bias
             steps += [BatchNorm()] if norm == "batch" else []
             steps.append(nn.GELU())
-        self.mlp = nn.Sequential(*steps[:-1])  # no GELU at the end
+        self.mlp = nn.Sequential(*steps[:-1])  # no GELU at the end: a cosine wants both signs
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck))
         for name, p in self.named_parameters():
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
@@ -661,7 +662,8 @@ def ema_centre(logits: Tensor, temp: float, centre: Tensor) -> Tensor:
     """Teacher logits (B, K) -> softmax((logits - centre) / temp), DINO's older way against one
     prototype that takes all. arXiv 2104.14294, equation 4."""
     out = F.softmax((logits - centre) / temp, dim=-1)
-    # `centre` (K,) goes a tenth of the way to the mean logits of all ranks, if there are any.
+    # `centre` (K,) goes a tenth of the way to the mean logits of all ranks, if there are any: a
+    # batch's own mean is noisy.
     sums = all_sum(torch.cat([logits.sum(0), logits.new_full((1,), len(logits))]))
     centre.lerp_(sums[:-1] / sums[-1].clamp(min=1), 0.1 * (sums[-1] > 0))
     return out
@@ -788,7 +790,8 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views: T
         ema = args.centring == "ema"
         return ema_centre(logits, temp, centre) if ema else sinkhorn(logits, temp)
 
-    with torch.no_grad():  # the teacher sees the global views only, and without holes
+    # The teacher sees the global views only, and without holes: it knows more than the student.
+    with torch.no_grad():
         cls, logits, patch_logits = teacher(global_views, local_views[:0], None, chosen)
         cls_target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
     student_cls, student_logits, student_patch = student(global_views, local_views, mask, chosen)
@@ -840,6 +843,7 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
     # A larger batch has a less noisy gradient, along which larger steps can be taken.
     growth = args.batch_size * ranks / args.lr_batch
     peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
+    # Low at first: soft targets, while nothing is known, make all pictures alike.
     rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
     return {"lr": cosine(step, args.steps, peak, args.lr_end, int(args.warmup * args.steps)),
             # Little at first, when all is to be found; more later, when little is left to learn.
@@ -857,6 +861,7 @@ def make_teacher(student: Network) -> Network:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum teacher + (1 - momentum) student, in place."""
+    # Parameters alone: buffers are the centres, which are the teacher's own.
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -876,8 +881,9 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     """Give each group its learning rate and weight decay of this step."""
-    # Factors are 1 unless asked for: [CLS]'s copies learn from one token a view, the patches' from
-    # dozens; heads, which --init leaves at random, have farther to go than its backbone.
+    # Why a factor: a fast patch embedding makes a ViT unstable (MoCo v3, arXiv 2104.02057), [CLS]'s
+    # copies learn from one token a view, the patches' from dozens, and heads, which --init leaves
+    # at random, have farther to go than its backbone.
     factors = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr,
                **dict.fromkeys(("cls_head", "patch_head", "last"), args.head_lr)}
     for group in optimizer.param_groups:
@@ -996,7 +1002,7 @@ class RunFolder:
             "command": "python " + " ".join(sys.argv), "args": as_json(args),
             "model": asdict(config), **eval_dense.versions(), "processes": ranks,
             "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu"}, indent=1))
+            "device": torch.cuda.get_device_name() if cuda else args.device}, indent=1))
         return kept[-1].get("skipped", 0) if kept else 0
 
     def log(self, line: dict) -> None:
@@ -1115,7 +1121,8 @@ def memory_gib(args, network: Network) -> dict[str, float]:
     tokens = views * (patches + more) + args.local_crops * (local + more)
     tokens *= args.batch_size
     scenes = args.pictures if args.data == "scenes" and not args.bench else 0
-    # Kept for the backward pass, of a block and token, in numbers of D; checkpointing: its input.
+    # Kept for the backward pass, of a block and token, in numbers of D, with an MLP four times as
+    # wide; checkpointing: its input.
     each = 1 if args.checkpointing else (13 + 2 * bool(cfg.layerscale)) * (1 - args.drop_path)
     masked = 2 * args.mask_share * sum(args.mask_ratio) / 2 * patches if args.ibot else 0
     rows = args.batch_size * (2 * views + args.local_crops + 2 * masked)
@@ -1182,8 +1189,8 @@ def bench(args, rank: int, ranks: int) -> None:
         patch, flops = student.backbone.config.patch, counter.get_total_flops()
         return lambda step: train_step(args, learner, *rest, step, rank, ranks), patch, flops
 
-    bare = {k: v for k, v in clsspec.PLAIN.items() if k in SPEC or not args.init}
-    bare |= {} if args.init else {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
+    usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
+    bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
     given, patch, flops = stepper(args)
     memory, (plain, *_) = peak_mb(cuda), stepper(argparse.Namespace(**vars(args) | bare))
     calls = {"as given": given, "plain": plain, "plain again": plain,
@@ -1353,7 +1360,8 @@ def run(args, rank: int, ranks: int) -> None:
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
-    machine = torch.cuda.get_device_name() if cuda else "no GPU in use"
+    machine = torch.cuda.get_device_name() if cuda else args.device
+    machine = "no GPU in use" if machine == "cpu" else machine
     what = f"{args.init}: {shape.backbone.origin};" if args.init else f"scale {args.scale}"
     say(f"{what} ({machine}, {args.precision}), recipe {args.recipe}, data {args.data}, spec "
         f"{','.join(shape.backbone.config.spec) or 'none'}", flush=True)
@@ -1457,8 +1465,8 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                                          ranks)
                 window.append(torch.stack(list(values.values())))
                 skipped, done = skipped + len(bad), done + 1
-            for name in bad:
-                progress.write(f"skipped an unreadable file: {name}")
+            for why in bad:
+                progress.write(f"left out: {why}")
             progress.update()
             logging = done % args.log_every == 0
             probing = args.probe_every and done % args.probe_every == 0

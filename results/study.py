@@ -33,7 +33,7 @@ sys.path.insert(0, str(HOUSE))  # so that it runs from any folder
 
 import analyze  # noqa: E402
 from clsspec import need  # noqa: E402
-from eval_dense import Parser, names, one_line, read_json, within, write  # noqa: E402
+from eval_dense import Parser, names, one_line, read_json, read_log, within, write  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # The list. A run is (data, arm, seed): what it is trained on, which flags are tried, which random
@@ -237,7 +237,7 @@ def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -
     """What a run's files say, as a line of study.jsonl."""
     state, config = state_of(run), read_json(run / "config.json")
     log = run / "log.jsonl"
-    steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    steps = read_log(log) if log.exists() else []
     keep = "step", "loss", "kl", "entropy", "miou", "rmse", "knn"
     # No path of this machine goes into a line: it may be published.
     command = config.get("command", "").replace(str(root), "runs/study")

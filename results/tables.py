@@ -179,12 +179,18 @@ def cell(group: dict, arm: str, result: str, metric: str, digits: int) -> str:
     return out
 
 
+def markdown(heads: list[str], rows: list[list]) -> str:
+    """A table in Markdown; "" without rows."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) if rows else ""
+
+
 def table(group: dict) -> str:
-    """A table in Markdown: a row an arm, a column an outcome that is there."""
+    """A row an arm, a column an outcome that is there."""
     arms = [arm for arm in group if group[arm]]
     heads = [head for head, (result, metric, _) in OUTCOMES.items()
              if any(numbers(group[arm], result, metric) for arm in arms)]
-    rows = [["arm, control", "seeds", *heads], ["---"] * (2 + len(heads))]
+    rows = []
     for arm in arms:
         control = arm_of(arm).control
         against = f"<br>minus {arm_of(control).label}" if control else ""
@@ -192,7 +198,7 @@ def table(group: dict) -> str:
         span = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
         rows.append([arm_of(arm).label + against, f"{span} ({len(seeds)})",
                      *(cell(group, arm, *OUTCOMES[head]) for head in heads)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["arm, control", "seeds", *heads], rows)
 
 
 def claims(group: dict) -> str:
@@ -210,12 +216,10 @@ def claims(group: dict) -> str:
     to_come = len(arms) * len(outcomes) - len(found)
     corrected = holm([d["p"] if d["n"] == planned else 1.0 for *_, d, planned in found]
                      + [1.0] * to_come)
-    out = []
-    for (arm, head, digits, d, planned), p in zip(found, corrected):
-        out.append(f"| {arm_of(arm).label} | {head} | {d['n']} of {planned} | "
-                   f"{shown(d, digits)} | {d['p']:.3f} | {p:.3f} |")
-    title = "| arm | outcome | pairs | difference [95 % interval] | p | p, Holm |\n" + "| --- " * 6
-    return "\n".join([title + "|", *out]) if out else ""
+    rows = [[arm_of(arm).label, head, f"{d['n']} of {planned}", shown(d, digits), f"{d['p']:.3f}",
+             f"{p:.3f}"] for (arm, head, digits, d, planned), p in zip(found, corrected)]
+    heads = ["arm", "outcome", "pairs", "difference [95 % interval]", "p", "p, Holm"]
+    return markdown(heads, rows)
 
 
 FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
@@ -224,7 +228,7 @@ FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
 def slopes(group: dict) -> str:
     """A line an outcome: what a doubling of the copies' learning rate changes, by least squares of
     each seed over FASTER, and what each factor does beside 1; means of both depths."""
-    out, x = [], torch.tensor(FASTER).double().log2()
+    rows, x = [], torch.tensor(FASTER).double().log2()
     x -= x.mean()
     for head, (result, metric, digits) in OUTCOMES.items():
         each = {}
@@ -240,11 +244,9 @@ def slopes(group: dict) -> str:
                 each[seed] = [slope, *(y[:, 1:] - y[:, :1]).mean(0)]
         if len(each) > 1:
             columns = [about(dict(zip(each, map(float, column)))) for column in zip(*each.values())]
-            out.append(f"| {head} | {len(each)} | "
-                       + " | ".join(shown(d, digits) for d in columns) + " |")
-    title = "| copies' learning rate | seeds | each doubling | " + " | ".join(
-        f"{k} x, minus 1 x" for k in FASTER[1:]) + " |\n" + "| --- " * (2 + len(FASTER)) + "|"
-    return "\n".join([title, *out]) if out else ""
+            rows.append([head, len(each), *(shown(d, digits) for d in columns)])
+    minus = [f"{k} x, minus 1 x" for k in FASTER[1:]]
+    return markdown(["copies' learning rate", "seeds", "each doubling", *minus], rows)
 
 
 GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), ("best", "best-x4"), ("best", "best-x16"))
@@ -253,17 +255,17 @@ GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), ("best", "best-x4"), ("bes
 def grows(group: dict) -> str:
     """A line a pair of arms and outcome: by how much the difference to the control changes from
     the first arm to the second, over the seeds of both."""
-    out = []
+    rows = []
     for arms, (head, what) in product(GROWS, OUTCOMES.items()):
         before, after = (difference(group, arm, *what[:2]) for arm in arms)
         if before and after:
             each = {seed: d - before["each"][seed] for seed, d in after["each"].items()
                     if seed in before["each"]}
             if len(each) > 1:
-                labels = " | ".join(arm_of(arm).label for arm in arms)
-                out.append(f"| {labels} | {head} | {len(each)} | {shown(about(each), what[2])} |")
-    title = "| from | to | outcome | seeds | its difference to plain changes by |\n" + "| --- " * 5
-    return "\n".join([title + "|", *out]) if out else ""
+                labels = [arm_of(arm).label for arm in arms]
+                rows.append([*labels, head, len(each), shown(about(each), what[2])])
+    heads = ["from", "to", "outcome", "seeds", "its difference to plain changes by"]
+    return markdown(heads, rows)
 
 
 def tables(lines: list[dict]) -> str:

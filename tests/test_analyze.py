@@ -397,11 +397,11 @@ def test_foreground_is_what_the_border_has_less_of(sign):
     inside = torch.zeros(4, 4)
     inside[1:3, 1:3] = 1
     x = (sign * 9 * inside.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 16, 4))
-    assert torch.equal(analyze.inner_side(x, 4, 4), inside.flatten().bool().expand(2, -1))
+    assert torch.equal(analyze.inner_side(x, 4), inside.flatten().bool().expand(2, -1))
     wide = torch.zeros(3, 5)
     wide[1, 1:4] = 1
     y = sign * 9 * wide.flatten()[:, None] * torch.eye(4)[0] + 0.1 * torch.randn(2, 15, 4)
-    assert torch.equal(analyze.inner_side(y, 3, 5), wide.flatten().bool().expand(2, -1))
+    assert torch.equal(analyze.inner_side(y, 3), wide.flatten().bool().expand(2, -1))
     (colour,), (share,) = analyze.rgb([x], [(4, 4)], True)
     assert share[0] < 95  # of what is left inside, where the large component is the same everywhere
     shown = colour[:, :, 1:3, 1:3]  # scaled by what is shown, not by what is black

@@ -81,7 +81,7 @@ except ImportError:  # numbers alone
 import clsspec
 import eval_dense
 import scenes
-from clsspec import Config, ViT, need
+from clsspec import Config, ViT, need, whole_patches
 from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_line, read_json,
                         read_log, read_picture, scenes_gib, strict, within)
 
@@ -157,6 +157,8 @@ def cosines(step: Step) -> dict[str, Tensor]:
         kept[f"{point} cls_patch"] = (cls * total).sum(1) / n
         # Of n^2 pairs the n of a patch with itself, 1 each, do not count.
         kept[f"{point} patch_patch"] = (total.square().sum(1) - n) / (n * (n - 1))
+    if step.attention is None:  # the final norm: of the last block that is `final` already
+        return kept
     patches = F.normalize(step.final[:, step.first :].float(), dim=-1)
     kept["shared"] = patches.mean(1).norm(dim=-1)
     kept["neighbours"] = neighbour_excess(patches, step.grid)
@@ -744,13 +746,15 @@ def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
 
 def draw(path: Path, what: str, results: dict[str, dict]) -> None:
     """The table as a PNG: a colour is a model, a marker a quantity."""
-    panels = [(*panel, curves(panel[-1].values(), results)) for panel in MEASURES[what][2]]
-    panels = [panel for panel in panels if panel[-1]]
+    panels = []
+    for title, unit, _, labels in MEASURES[what][2]:
+        lines = curves(labels.values(), results)
+        panels += [(title, unit, labels, lines)] if lines else []
     if not panels:
         return
     fig, axes = canvas(len(panels), min(len(panels), 2), sharey=what == "cosines")
     last = max(len(y) for *_, lines in panels for *_, y in lines)
-    for ax, (title, unit, _, labels, lines) in zip(axes, panels):
+    for ax, (title, unit, labels, lines) in zip(axes, panels):
         for i, j, x, y in lines:
             face = "white" if j else style(i)["color"]
             ax.plot(x, y, marker="os^"[j], markersize=5, markerfacecolor=face, **style(i))
@@ -856,7 +860,7 @@ def subjects_of(args) -> list[Subject]:
         # Of 8 to 16 patches: enough to see shapes, few enough for a CPU.
         size = args.image_size or max(8, min(16, side)) * patch
         need(size % patch == 0, f"--image-size {size} is no multiple of {patch}, the patch of "
-             f"{name}; try {eval_dense.whole_patches(size, patch)}")
+             f"{name}; try {whole_patches(size, patch)}")
         need((args.block or 1) <= model.config.depth, f"--block {args.block}: {name} has "
              f"{model.config.depth} blocks")
         grid = size // patch, size // patch
@@ -871,7 +875,7 @@ def key_of(what: str, args) -> str:
     if what == "degradation":
         return what
     words = [what] if args.network == "teacher" else [what, args.network]
-    words += [Path(p).name for p in (args.data, args.root) if p not in ("scenes", "")]
+    words += [Path(p).absolute().name for p in (args.data, args.root) if p not in ("scenes", "")]
     if args.image_size:
         words.append(f"image_size={args.image_size}")
     if what == "foreground" and args.background:

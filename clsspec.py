@@ -136,6 +136,11 @@ def need(fine, text: str) -> None:
         raise ValueError(text)
 
 
+def whole_patches(pixels: float, patch: int) -> int:
+    """The nearest multiple of the patch."""
+    return max(round(pixels / patch), 1) * patch
+
+
 def config(size: str = "small", **changes) -> Config:
     """The Config of a named size, with changes, checked."""
     need(size in SIZES, f"unknown size {size!r}; choose from {', '.join(SIZES)}")
@@ -147,9 +152,9 @@ def checked(c: Config) -> Config:
     """The same, with spec_blocks as a number, 0 where nothing in spec is counted by blocks.
     ValueError: what cannot be, and what to do."""
     need(c.width % c.heads == 0, f"width {c.width} is not a multiple of {c.heads} heads")
-    near = max(round(c.image_size / c.patch), 1) * c.patch
     need(c.image_size > 0 and c.image_size % c.patch == 0,
-         f"image size {c.image_size} is no multiple of the patch, {c.patch} px; try {near}")
+         f"image size {c.image_size} is no multiple of the patch, {c.patch} px; try "
+         f"{whole_patches(c.image_size, c.patch)}")
     need(c.attn in ("softmax", "entmax15"), f"attention {c.attn!r} is not 'softmax' or 'entmax15'")
     need(c.registers >= 0, f"{c.registers} registers: give 0 or more")
     need(0 <= c.drop_path < 1, f"drop path {c.drop_path} is not from 0 to less than 1")
@@ -571,7 +576,7 @@ def preprocess(img: Tensor, patch: int, side: int = 0) -> Tensor:
          f"preprocess takes uint8 pictures (B, 3, H, W), RGB; got {img.dtype} {tuple(img.shape)}")
     img = img.reshape(-1, *img.shape[-3:]) / 255
     scale = side / min(img.shape[-2:]) if side else 1
-    size = [max(round(n * scale / patch), 1) * patch for n in img.shape[-2:]]
+    size = [whole_patches(n * scale, patch) for n in img.shape[-2:]]
     return normalise(F.interpolate(img, size, mode="bilinear", antialias=True).clamp(0, 1))
 
 

@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 import clsspec
 import scenes
-from clsspec import ViT, need, normalise
+from clsspec import ViT, need, normalise, whole_patches
 
 TASKS = ("seg", "depth", "cls", "knn")
 DENSE = ("seg", "depth")  # of every pixel; the others are of the picture as a whole
@@ -95,8 +95,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is one line."""
 
     def error(self, message: str):  # argparse's own prints the usage, half a screen of it, first
-        before, _, stray = message.partition("unrecognized arguments: ")
-        if not before and not stray.startswith("-"):  # a word, not a flag
+        start, _, stray = message.partition("arguments: ")
+        if start == "unrecognized " and not stray.startswith("-"):  # a word, not a flag
             message += " (a list is joined by commas; a switch takes no value)"
         self.exit(2, f"error: {message}; {Path(self.prog).name} --help lists all flags\n")
 
@@ -148,10 +148,13 @@ def picture_files(data) -> list[str]:
     if at.is_dir():
         files, been = [], set()
         for folder, inside, names in os.walk(at, followlinks=True):
-            again = os.path.realpath(folder) in been  # by a link that leads back up, say
+            if os.path.realpath(folder) in been:  # by a link that leads back up, say
+                inside.clear()
+                continue
             been.add(os.path.realpath(folder))
-            inside[:] = [] if again else [name for name in inside if not name.startswith(".")]
-            files += [] if again else [os.path.join(folder, name) for name in names]
+            # Sorted: of a folder and a link to it the same one counts on every machine.
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            files += [os.path.join(folder, name) for name in names]
         files = [file for file in sorted(files) if is_picture(file) and os.path.isfile(file)]
     elif at.suffix.lower() in KINDS:
         files = [str(at)]
@@ -344,7 +347,8 @@ def patient(worker: int) -> None:
 FAULTS = {
     "DataLoader worker": "a process that reads files has died, often for want of memory; lower "
                          "--workers",
-    "memory": "out of memory; lower the batch, the pictures' size or their number",
+    **dict.fromkeys(("out of memory", "allocate memory", "not enough memory"), "out of memory; "
+                    "lower the batch, the pictures' size or their number"),
     "gloo": "another process of this run has ended; its own message says why",
     "NCCL": "another process of this run has ended, or a GPU failed; its own message says why"}
 
@@ -383,7 +387,7 @@ def one_line():
         text = str(err).strip().splitlines()[-1].removeprefix("ValueError: ")
         line, code, cause = f"error: {text}", 1, err
     except (RuntimeError, MemoryError) as err:
-        text = str(err).strip() or "memory"
+        text = str(err).strip() or "out of memory"
         meaning = next((words for part, words in FAULTS.items() if part in text), None)
         if meaning is None:
             raise
@@ -406,11 +410,6 @@ def one_line():
 # Labelled pictures: how each data set lies on a disk.
 
 
-def whole_patches(pixels: float, patch: int) -> int:
-    """The nearest multiple of the patch; 0, which means "no such side" in a protocol, stays 0."""
-    return max(round(pixels / patch), 1) * patch if pixels else 0
-
-
 def random_crop(item: dict, u, size: int, crop: int) -> dict:
     """An item's crop: (crop, crop), by four uniform numbers u: scale, top, left, flip."""
     h, w = item["image"].shape[-2:]
@@ -430,6 +429,15 @@ def random_crop(item: dict, u, size: int, crop: int) -> dict:
         x = x.flip(2) if u[3] < 0.5 else x
         out[kind] = x if smooth else x[0]
     return out
+
+
+def from_disk(data, order, workers: int, collate, **more):
+    """An iterator over batches of a data set that processes read. order: lists of its keys."""
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=order, num_workers=workers, collate_fn=collate, worker_init_fn=patient,
+        generator=torch.Generator(), **more)  # without one, it draws from the global one
+    with signals.held():  # what is raised while processes are made would be lost
+        return iter(loader)
 
 
 def stack(items: list[dict]) -> dict[str, Tensor]:
@@ -479,13 +487,7 @@ class Pictures(torch.utils.data.Dataset):
                 numbers = torch.tensor(numbers, device=self.device)
                 yield {kind: x.index_select(0, numbers) for kind, x in self.memory.items()}
             return
-        own = torch.Generator()  # without one, the loader draws from the global one
-        loader = torch.utils.data.DataLoader(self, batch_sampler=order, num_workers=workers,
-                                             collate_fn=stack, generator=own,
-                                             worker_init_fn=patient)
-        with signals.held():  # what is raised while processes are made would be lost
-            stream = iter(loader)
-        for batch in stream:
+        for batch in from_disk(self, order, workers, stack):
             yield {kind: x.to(self.device) for kind, x in batch.items()}
 
     def __getitem__(self, key) -> dict:
@@ -576,10 +578,8 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
     """images/{train,val}/NAME.jpg (or png), and one or both of masks/{train,val}/NAME.png (8-bit
     index, 255: ignored) and depth/{train,val}/NAME.png (16-bit, millimetres or --unit, 0 and 65535:
     none); if you like, classes.txt, lines "CLASS" or "NUMBER<tab>CLASS", from 0 on"""
-    folders = {"mask": at / "masks" / split, "depth": at / "depth" / split}
-    there = {kind for kind, folder in folders.items() for part in ("train", "val")
-             if (folder.parent / part).is_dir()}
-    folders = {kind: folder for kind, folder in folders.items() if kind in there}
+    folders = {"mask": at / "masks", "depth": at / "depth"}
+    folders = {kind: folder / split for kind, folder in folders.items() if folder.is_dir()}
     if not folders:  # an OSError, to which open_split adds what is wanted
         raise OSError(f"neither masks/{split} nor depth/{split} is there")
     found = Pictures(same_stems(at / "images" / split, **folders))
@@ -784,9 +784,10 @@ def blocks(text: str) -> tuple[int, ...]:
     return tuple(sorted({within(int, 1, 999)(number) for number in names(text)}))
 
 
-def flag(kind, default, help: str):
-    """A field of Protocol that is a flag of the same name, read by `kind`."""
-    return field(default=default, metadata={"kind": kind, "help": help})
+def flag(kind, default, help: str, use: str = "dense"):
+    """A field of Protocol that is a flag of the same name, read by `kind`. use: where it means
+    something, see `changes`."""
+    return field(default=default, metadata={"kind": kind, "help": help, "use": use})
 
 
 PIXELS, COUNT = within(int, 0, 16_384), within(int, 1, 10**9)
@@ -796,25 +797,27 @@ PIXELS, COUNT = within(int, 0, 16_384), within(int, 1, 10**9)
 class Protocol:
     """What is measured and how, see the top of this file. PROTOCOLS has one for every data set."""
 
-    tasks: tuple = flag(names, TASKS, "comma list of seg, depth, cls, knn")
-    image_size: int = flag(PIXELS, 0, "shorter side of the pictures, pixels; 0: as they are")
-    crop: int = flag(PIXELS, 0, "side of the crops that heads are trained on; 0: whole pictures")
+    tasks: tuple = flag(names, TASKS, "comma list of seg, depth, cls, knn", "any")
+    image_size: int = flag(PIXELS, 0, "shorter side of the pictures, pixels; 0: as they are", "any")
+    crop: int = flag(PIXELS, 0, "side of the crops that heads are trained on; 0: whole pictures",
+                     "crops")
     window: int = flag(PIXELS, 0, "side of the windows to test in; 0: whole pictures")
     flip: bool = flag(bool, False, "test on the mirrored picture, too, and average")
     layers: tuple = flag(blocks, (), "comma list of the blocks that features come from, 1 is the "
-                         "first; the last")
+                         "first; the last", "any")
     cat_cls: bool = flag(bool, False, "[CLS] beside every patch")
     iterations: int = flag(COUNT, 1000, "of the dense heads")
     batch_size: int = flag(within(int, 1, 65_536), 32, "pictures an iteration")
     lr: tuple = flag(rates, (1e-2,), "of the dense heads; of a comma list the best is chosen")
     warmup: float = flag(within(float, 0, 1), 0.1, "share of the iterations in which it rises")
-    train: int = flag(within(int, 1, 10**6), 2000, "number of Scenes to train heads on")
-    test: int = flag(within(int, 1, 10**6), 1000, "number of Scenes to test on")
-    split: str = flag(str, "test", "split of Scenes to test on")
+    train: int = flag(within(int, 1, 10**6), 2000, "number of Scenes to train heads on", "scenes")
+    test: int = flag(within(int, 1, 10**6), 1000, "number of Scenes to test on", "scenes")
+    split: str = flag(str, "test", "split of Scenes to test on", "scenes")
     seed: int = flag(within(int, 0, 2**62), 0, "of the heads and their batches")
-    unit: float = flag(within(float, 1e-9, 1e3), 1e-3, "pairs: metres of one count of a depth file")
+    unit: float = flag(within(float, 1e-9, 1e3), 1e-3, "pairs: metres of one count of a depth file",
+                       "pairs")
     max_depth: float = flag(within(float, 0, 1e4), 0.0, "pairs: farther is no depth, metres; 0: "
-                            "the largest of the training pictures")
+                            "the largest of the training pictures", "pairs")
 
 
 SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e-3,),
@@ -835,13 +838,14 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device,
     """The training and the test split. ValueError: as in `open_split`, or of other classes."""
     if data == "scenes":
         need(p.split != "probe", "--split probe: heads are trained on it; give test, val or train")
-        size = whole_patches(p.image_size, patch) or 8 * patch
+        size = whole_patches(p.image_size or 8 * patch, patch)
         need_memory(scenes_gib(p.train + p.test, size), device, f"{p.train + p.test:,} Scenes of "
                     f"{size} px", "lower --train, --test or --image-size")
         return [rendered("probe", size, p.train, device), rendered(p.split, size, p.test, device)]
     options = {"pairs": dict(unit=p.unit, max_depth=p.max_depth)}.get(data, {})
     sets = [open_split(data, root, split, download, **options) for split in ("train", "val")]
-    need(p.image_size or not sets[0].labels,
+    middle = bool(sets[0].labels) and set(p.tasks) & {"cls", "knn"}
+    need(p.image_size or not middle,
          f"--image-size 0: {data} cuts pictures to one side for cls and knn; give it")
     same = sets[0].labels == sets[1].labels  # or a label would mean two things
     need(same, f"train/ and val/ of {root or 'data/' + data} have other classes; mend one of them")
@@ -1238,7 +1242,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     width = model.config.width * max(len(p.layers), 1)
     need(max(p.layers, default=1) <= depth,
          f"--layers {','.join(map(str, p.layers))} is outside 1 to {depth}, the depth here")
-    p = replace(p, crop=whole_patches(p.crop, patch), window=whole_patches(p.window, patch))
+    p = replace(p, crop=p.crop and whole_patches(p.crop, patch),
+                window=p.window and whole_patches(p.window, patch))
     train, test = open_set(data, root, p, patch, next(model.parameters()).device, download)
     kinds = set(train.memory or train.rows[0]) & set(test.memory or test.rows[0])
     able = [task for task in TASKS if LABEL[task] in kinds]
@@ -1251,7 +1256,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     dense, of_pictures = set(p.tasks) & set(DENSE), set(p.tasks) - set(DENSE)
     maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
-    # 1. Features, once if they fit: every crop would have other ones.
+    # 1. Features, once if they fit: every crop would have other ones. `maps` are whole pictures with
+    # what is true of each pixel; `known`, features; Scenes, which are in memory, have both at once.
     some = maps if dense else train.only("label")
     h, w = next(some.batches([[0]]))["image"].shape[-2:]
     # Features are computed 50 pictures at a time; of crops, a batch of the heads at a time.
@@ -1326,7 +1332,7 @@ def home(path: Path) -> Path:
 
 def title(network: str, data: str, root: str) -> str:
     """The first words of a result's name in eval.json; then come the options that were changed."""
-    place = [Path(root).name] if data in ("pairs", "imagefolder") and root else []
+    place = [Path(root).absolute().name] if data in ("pairs", "imagefolder") and root else []
     return " ".join([network, data, *place])
 
 
@@ -1388,9 +1394,6 @@ def parse(argv) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-OF_PICTURES = {"tasks", "image_size", "layers"}  # what matters where no map is asked for
-
-
 def changes(args) -> dict:
     """The protocol's fields that flags change. ValueError: a flag that means nothing here."""
     p = PROTOCOLS[args.data]
@@ -1398,14 +1401,14 @@ def changes(args) -> dict:
     need(not unknown, f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
     given = {f.name: getattr(args, f.name) for f in fields(p)}  # in the order of the flags
     changed = {k: v for k, v in given.items() if v is not None and v != getattr(p, k)}
-    tasks, of_scenes = changed.get("tasks", p.tasks), {"train", "test", "split"}
-    idle = {"crop"} if args.data == "scenes" else of_scenes
-    if not set(tasks) & set(DENSE):
-        idle |= given.keys() - OF_PICTURES - of_scenes
-        need(not args.save_pictures, "--save-pictures draws what seg and depth predict; add one "
-             "of them to --tasks")
-    idle |= set() if args.data == "pairs" and "depth" in tasks else {"unit", "max_depth"}
-    wrong = [name.replace("_", "-") for name in sorted(changed.keys() & idle)]
+    tasks, of_scenes = changed.get("tasks", p.tasks), args.data == "scenes"
+    dense = bool(set(tasks) & set(DENSE))
+    need(dense or not args.save_pictures, "--save-pictures draws what seg and depth predict; add "
+         "one of them to --tasks")
+    of_use = {"any": True, "dense": dense, "scenes": of_scenes, "crops": dense and not of_scenes,
+              "pairs": args.data == "pairs" and "depth" in tasks}
+    wrong = sorted(f.name.replace("_", "-") for f in fields(p)
+                   if f.name in changed and not of_use[f.metadata["use"]])
     need(not wrong, f"--data {args.data} has no use for --{' --'.join(wrong)}"
          + (f" with --tasks {','.join(tasks)}" if "tasks" in changed else ""))
     need(args.data != "scenes" or not args.root, "--root: Scenes lie in no folder; give --data")

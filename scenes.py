@@ -292,7 +292,7 @@ def paint_classes(mask: Tensor, classes: int) -> Tensor:
 
 def paint_depth(depth: Tensor, far: float) -> Tensor:
     """Depth (h, w) in metres, 0: none -> tile (3, h, w); the colours are spread over 0 to `far`."""
-    at = (len(DEPTH_COLOURS) - 1) * (depth / far).clamp(0, 1 - 1e-6)
+    at = (len(DEPTH_COLOURS) - 1) * (depth / max(far, 1e-9)).clamp(0, 1 - 1e-6)
     i = at.long()
     colour = torch.lerp(DEPTH_COLOURS[i], DEPTH_COLOURS[i + 1], at.frac()[..., None])
     return (colour * (depth > 0)[..., None]).movedim(-1, 0)

@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 import clsspec
 import eval_dense
-from clsspec import need, normalise
-from eval_dense import Stopped, bar, need_memory, one_line, patient, signals, within
+from clsspec import need, normalise, whole_patches
+from eval_dense import Stopped, bar, from_disk, need_memory, one_line, signals, within
 from scenes import Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ FLAGS = {
         ("download", False, None, "fetch a set that is not there: " +
          ", ".join(f"{name}, {size}" for name, size in eval_dense.FETCHED.items())),
         ("out", None, None, "run folder; default: runs/ and recipe, scale, data, spec, seed"),
-        ("seed", 0, (0, 2**40), "of weights, order of pictures, views and masks"),
+        ("seed", 0, (0, 10**10), "of weights, order of pictures, views and masks"),
         ("resume", False, None, "go on from the checkpoint in --out"),
         ("overwrite", False, None, "start anew in an --out that holds a run"),
         ("dry-run", False, None, "print what the run would do, and stop"),
@@ -214,8 +214,8 @@ FLAGS = {
         ("log-every", 10, (1, MANY), "steps between log lines"),
         ("save-every", 200, (1, MANY), "steps between checkpoints"),
         ("probe-every", 500, (0, MANY), "steps between short probes on Scenes; 0: none"),
-        ("probe", True, None, "judge the network at the end: k-NN where --data has class folders, "
-         "else on Scenes")]}
+        ("probe", True, None, "judge the network at the end: k-NN where --data has class folders "
+         "and no labels were learnt, else on Scenes")]}
 SHAPE = "size", "patch", "layerscale", "mlp_ratio", "registers", "attn", "attn_bias", "class_attn"
 SPEC = tuple(clsspec.NO_SPEC)
 
@@ -290,8 +290,9 @@ def parse(argv) -> argparse.Namespace:
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
         given = [short(x) for x in (args.init, args.data) if x not in (None, "scenes")]
-        spec, seed = args.spec or ["plain"], f"s{args.seed}"
-        words = [args.recipe, args.scale, *given, *spec, blocks, seed]
+        # Weights of --init may be specialised already.
+        spec = args.spec or ([] if args.init else ["plain"])
+        words = [args.recipe, args.scale, *given, *spec, blocks, f"s{args.seed}"]
         args.out = "runs/" + "-".join(filter(None, words))
     args.out = Path(args.out)
     return args
@@ -380,12 +381,9 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)
     order = (batch_index(n, batch, args.seed, step)[mine] for step in range(first, args.steps))
     if folder:
-        loader = torch.utils.data.DataLoader(
-            folder, batch_sampler=(i.tolist() for i in order), num_workers=args.workers,
-            collate_fn=collate, worker_init_fn=patient,
-            pin_memory=args.device != "cpu")  # such memory goes to a GPU while it computes
-        with signals.held():  # what is raised while processes are made would be lost
-            stream = iter(loader)
+        # Pinned memory goes to a GPU while it computes.
+        stream = from_disk(folder, (i.tolist() for i in order), args.workers, collate,
+                           pin_memory=args.device == "cuda")
         for img, labels, bad in stream:
             yield (img.to(args.device, non_blocking=True),
                    labels.to(args.device, non_blocking=True), bad)
@@ -1026,12 +1024,7 @@ class RunFolder:
                 torch.save(state, out)
                 out.flush()
                 os.fsync(out.fileno())
-            for name in ("eval", "analysis") if step != self.saved else ():
-                results = self.path / f"{name}.json"
-                if self.new:  # from here on the folder is the new run's
-                    results.unlink(missing_ok=True)
-                elif results.exists():  # they are of the network as it was when this run went on
-                    os.replace(results, self.path / f"{name}.step{self.saved}.json")
+            self.put_away(step)
             os.replace(beside, file)
         except (OSError, RuntimeError) as err:
             why = getattr(err, "strerror", None) or str(err).splitlines()[0]
@@ -1044,6 +1037,18 @@ class RunFolder:
                 os.replace(self.path / f"{name}.new", self.path / name)
             self.new = ""
         self.saved = step
+
+    def put_away(self, step: int) -> None:
+        """Results that lie here are of another network than that of this step."""
+        if self.new:  # of the old run: from here on the folder is the new one's
+            for name in ("eval*.json", "analysis*.json", "pictures.png"):
+                for file in self.path.glob(name):
+                    file.unlink()
+        elif step != self.saved:  # of this run, as it was when it went on
+            for name in ("eval", "analysis"):
+                if (self.path / f"{name}.json").exists():
+                    os.replace(self.path / f"{name}.json",
+                               self.path / f"{name}.step{self.saved}.json")
 
     def kept(self) -> str:
         """What is safe, for a message."""
@@ -1076,7 +1081,10 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     theirs, step = state["args"], state["step"]
     now = as_json(args)
     differ = {name for name in now.keys() - FREE if theirs.get(name, now[name]) != now[name]}
-    flag = {name: f"--{name.replace('_', '-')}" for name in differ} | {"found": "--data with"}
+    if now["found"] and now["found"] == theirs.get("found"):
+        differ -= {"data", "root"}  # the same pictures in another place
+    flag = {name: f"--{name.replace('_', '-')}" for name in differ}
+    flag |= {"found": "--data with", "classes": "classes:"}
     odd = [f"{flag[name]} {theirs[name]} (now {now[name]})" for name in sorted(differ)]
     batch, here = state["global_batch"], args.batch_size * ranks
     if batch != here:
@@ -1174,25 +1182,26 @@ def bench(args, rank: int, ranks: int) -> None:
 
     def stepper(args):
         """What takes a step with a new network, after some that compile and fill caches; and the
-        FLOPs of a step, by torch's counter."""
+        network's patch."""
         torch.manual_seed(args.seed)
         student = Network(args).to(args.device)
         need(args.spec or not student.backbone.config.spec, f"--bench: the weights in {args.init} "
              "are specialised, there is no plain network of them; give plain ones, or none")
         teacher, optimizer = make_teacher(student), make_optimizer(args, student)
-        rest, learner = (teacher, optimizer, img, labels), student
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            train_step(args, learner, *rest, first - 4, rank, ranks)
         learner = wrap(args, student, teacher, ranks)
-        for step in range(first - 3, first):
-            train_step(args, learner, *rest, step, rank, ranks)
-        patch, flops = student.backbone.config.patch, counter.get_total_flops()
-        return lambda step: train_step(args, learner, *rest, step, rank, ranks), patch, flops
+
+        def take(step: int) -> None:
+            train_step(args, learner, teacher, optimizer, img, labels, step, rank, ranks)
+
+        for step in range(first - 4, first):
+            take(step)
+        return take, student.backbone.config.patch
 
     usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
     bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
-    given, patch, flops = stepper(args)
-    memory, (plain, *_) = peak_mb(cuda), stepper(argparse.Namespace(**vars(args) | bare))
+    given, patch = stepper(args)
+    memory = peak_mb(cuda)  # now, while there is no second network
+    plain, _ = stepper(argparse.Namespace(**vars(args) | bare))
     calls = {"as given": given, "plain": plain, "plain again": plain,
              "views alone": lambda step: inputs(args, img, labels, patch, step, rank, ranks)}
     side = 8192 if cuda else 2048  # how far from what the machine can do: one large product
@@ -1208,10 +1217,14 @@ def bench(args, rank: int, ranks: int) -> None:
             if cuda:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
+    # torch counts what it sees step by step, and of attention only its plain form.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        given(first + args.bench)
     if rank:
         return
     peak = 2 * side**3 / min(times.pop("product"))
-    rate = flops / statistics.median(times["as given"])
+    rate = counter.get_total_flops() / statistics.median(times["as given"])
     print(f"\n{'':14}{'ms':>9}{'pictures/s':>12}   time / plain [quartiles of {args.bench} rounds]")
     for name, taken in times.items():
         ratio = torch.tensor([x / y for x, y in zip(taken, times["plain"])])
@@ -1228,19 +1241,22 @@ def bench(args, rank: int, ranks: int) -> None:
 
 
 def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
-    """Refuse what cannot run, before anything is written. shape: of the network, without memory."""
-    spec, patch = shape.backbone.config.spec, shape.backbone.config.patch
-    idle = {} if spec else {"cls_lr": (1.0,), "spec_init": ("equal",)}  # {flag: what it may be}
-    if not {"qkv", "proj", "mlp"} & set(spec):
+    """Refuse what cannot run, before anything is written. shape: the network, of which only shapes
+    are looked at."""
+    cfg = shape.backbone.config
+    idle = {} if cfg.spec else {"cls_lr": (1.0,)}  # {flag: what it may be}
+    if not args.spec:  # weights of --init that are specialised stay as they are
+        idle |= {"spec_init": ("equal",), "spec_rank": (0,), "registers_path": ("patch",)}
+    if not {"qkv", "proj", "mlp"} & set(args.spec):
         idle |= {"spec_blocks": (None, 0), "spec_where": ("first",)}
     wrong = [f"--{name.replace('_', '-')}" for name, usual in idle.items()
              if getattr(args, name) not in usual]
     need(not wrong, f"{' and '.join(wrong)}: of no use where --spec is "
-         f"{','.join(spec) or 'left out'}; see what can be specialised in --help")
+         f"{','.join(args.spec) or 'left out'}; see what can be specialised in --help")
     sides = {"image": args.image_size} | ({"local": args.local_size} if args.local_crops else {})
-    odd = [f"--{name}-size {side} (try {max(side // patch, 1) * patch})"
-           for name, side in sides.items() if side % patch]
-    need(not odd, f"{' and '.join(odd)}: no multiple of the patch, {patch} px")
+    odd = [f"--{name}-size {side} (try {whole_patches(side, cfg.patch)})"
+           for name, side in sides.items() if side % cfg.patch]
+    need(not odd, f"{' and '.join(odd)}: no multiple of the patch, {cfg.patch} px")
     need(args.source_size >= args.image_size, f"--source-size {args.source_size} is less than "
          f"--image-size {args.image_size}: views would be blown up; raise it to that or more")
     need(not args.koleo or args.batch_size > 1, "KoLeo needs a neighbour for every picture: give "
@@ -1295,22 +1311,24 @@ def final_table(args) -> None:
     other = "" if args.data == "scenes" else f", another world than {args.data}"
     print(f"\nWhat a linear layer reads from frozen patches (Scenes{other}):\n"
           f"{'':18}classes, mIoU % (higher is better)   depth, RMSE m (lower is better)")
-    found, rows = [], {"picture": [], "true seg": []}
+    read = {}
     for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
         result, _, shots = eval_dense.evaluate(model, p=protocol, keep=6)
         eval_dense.record(args.out / "eval.json", f"{name} scenes tasks=seg,depth", result)
         print(f"{title:18}{result['miou']:22.2f}{result['rmse']:35.3f}", flush=True)
-        found.append(result)
-        rows |= {words: row for words, row in shots.items() if "predicted" not in words}
-        rows |= {f"{title}: {task}": shots[f"predicted {task}"] for task in eval_dense.DENSE}
-    start, end = found
+        read[title] = result, shots
+    (start, _), (end, shots) = read.values()
     # A point of mIoU may be chance.
     better = end["miou"] > start["miou"] + 1 and end["rmse"] < start["rmse"]
     look = "`bce`" if args.supervised else "`dino`, `entropy` and `cls_std`"
     print("It has learnt: both are better than before." if better else
           f"It has learnt little: train longer, or look at {look} in log.jsonl.")
-    rows = {words: rows[words] for words in sorted(rows, key=lambda words: words.endswith("depth"))}
+    rows = {"picture": shots["picture"]}
+    for task in eval_dense.DENSE:
+        rows[f"true {task}"] = shots[f"true {task}"]
+        for title, (_, theirs) in read.items():
+            rows[f"{title}: {task}"] = theirs[f"predicted {task}"]
     eval_dense.draw(args.out / "pictures.png", rows, Scenes.classes)
     print(f"What it reads, as pictures: {args.out / 'pictures.png'}")
 

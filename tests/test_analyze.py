@@ -56,6 +56,8 @@ def test_what_patches_share_is_what_centring_takes_off():
     alike = replace(step, final=step.final * 0 + step.final[:1, -1:])  # all patches the same
     assert analyze.cosines(alike)["shared"].tolist() == pytest.approx([1, 1], abs=1e-5)
     assert analyze.cosines(alike)["neighbours"].tolist() == pytest.approx([0, 0], abs=1e-5)
+    *_, last, end = walk(model, torch.randn(2, 3, 24, 40))  # of the last block it is told once
+    assert "shared" in analyze.cosines(last) and "shared" not in analyze.cosines(end)
 
 
 def test_outliers_are_said_in_a_sentence():

@@ -619,6 +619,10 @@ def test_pets_have_maps_and_breeds(fetched_sets):
     p = replace(PROTOCOLS["pets"], image_size=16, crop=16, iterations=100, batch_size=8)
     result = eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), p)[0]
     assert result["miou"] > 60 and result["linear"] == result["knn"] == 100 and result["iou"].keys() == {"background", "pet"}
+    as_they_are = replace(p, tasks=("seg",), image_size=0)
+    assert eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), as_they_are)[0]["miou"] > 60
+    with pytest.raises(ValueError, match="--image-size 0: pets cuts pictures"):
+        eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), replace(p, image_size=0))
 
 
 @pytest.mark.parametrize("data, labels", [("imagenette", ("tench", "English springer")), ("cifar10", ("dark", "bright"))])
@@ -865,9 +869,15 @@ def test_a_folder_with_a_link_to_itself_is_read_once(tmp_path):
     save_map(tmp_path / "elsewhere/e.jpg", 7, "RGB")
     found = [os.path.relpath(file, tmp_path / "set") for file in eval_dense.picture_files(tmp_path / "set")]
     assert found == ["a.jpg", "b/c.jpg", "far/e.jpg"]
+    for name in ("first", "last"):  # of a folder with several names the first one counts
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = [os.path.relpath(file, tmp_path / "set") for file in eval_dense.picture_files(tmp_path / "set")]
+    assert found == ["a.jpg", "b/c.jpg", "far/e.jpg"]
+    (tmp_path / "set/far").unlink()
+    assert [Path(file).parent.name for file in eval_dense.picture_files(tmp_path / "set")] == ["set", "b", "first"]
 
 
-def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs):
+def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs, monkeypatch):
     shutil.copytree(runs / "a", tmp_path / "a")
     for place in ("here", "there"):
         tree(tmp_path / place / "set", kinds=("masks",), train=4, val=2)
@@ -877,7 +887,9 @@ def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs):
     with pytest.raises(SystemExit, match="has 'teacher pairs set .*' of .*here/set, another folder of that name, already; rename one"):
         eval_dense.main([*flags, str(tmp_path / "there/set")])
     assert (tmp_path / "a/eval.json").read_text() == before
-    eval_dense.main([*flags, str(tmp_path / "here/../here/set")])  # the same one
+    monkeypatch.chdir(tmp_path / "here/set")
+    eval_dense.main([*flags, "."])  # the same one
+    assert json.loads((tmp_path / "a/eval.json").read_text()).keys() == json.loads(before).keys()
 
 
 def test_a_batch_of_a_single_patch_is_refused(tmp_path):
@@ -929,9 +941,10 @@ def test_what_the_machine_did_is_one_line(err, words):
     assert words in str(caught.value) and "\n" not in str(caught.value) and caught.value.code != 0
 
 
-def test_a_fault_of_the_program_shows_itself():
-    with pytest.raises(RuntimeError, match="size mismatch"), eval_dense.one_line():
-        raise RuntimeError("size mismatch")
+@pytest.mark.parametrize("words", ["size mismatch", "CUDA error: an illegal memory access was encountered"])
+def test_a_fault_of_the_program_shows_itself(words):
+    with pytest.raises(RuntimeError, match=words), eval_dense.one_line():
+        raise RuntimeError(words)
 
 
 def test_a_signal_waits_for_what_must_not_be_cut_in_two_but_a_second_one_does_not(monkeypatch):

@@ -175,6 +175,7 @@ def test_colours_of_classes_and_depth():
     torch.testing.assert_close(near, scenes.DEPTH_COLOURS[0], atol=1e-2, rtol=0)
     torch.testing.assert_close(far, scenes.DEPTH_COLOURS[-1], atol=1e-2, rtol=0)
     assert (none == 0).all()
+    assert (scenes.paint_depth(torch.zeros(2, 2), 0.0) == 0).all()  # no picture has a depth
 
 
 def test_a_sheet_has_its_tiles_titles_and_legends(tmp_path, monkeypatch):

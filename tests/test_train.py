@@ -377,7 +377,8 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
     (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"), (["--spec", ","], "argument --spec: names nothing"),
     (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"), (["--root", "x"], "argument --root: is for sets by name"),
     (["--bench", "1", "--resume"], "argument --bench: times steps of noise"), (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
-    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"), (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised")])
+    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"), (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised"),
+    (["--seed", str(10**10 + 1)], "argument --seed: 10000000001 is outside 0 to")])
 def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         train.parse([*QUICK, *flags])
@@ -419,8 +420,12 @@ def test_a_resumed_run_sees_the_same_pictures(tmp_path):
     pictures(tmp_path / "set")
     flags = ["--data", tmp_path / "set", "--out", tmp_path / "a", "--workers", 0]
     run(tmp_path / "a", *flags[:2], "--workers", 0)
-    (tmp_path / "set/class0/3.JPEG").unlink()
-    assert re.search(r"it has --data with 12 files .* \(now 11 files", error(*flags, "--resume", "--steps", 6))
+    run(tmp_path / "a", "--data", f"{tmp_path}/set/", "--workers", 0, "--resume", "--steps", 5)  # written in another way
+    (tmp_path / "set").rename(tmp_path / "moved")
+    flags[1] = tmp_path / "moved"
+    assert run(tmp_path / "a", *flags[:2], "--workers", 0, "--resume", "--steps", 6)["step"] == 6
+    (tmp_path / "moved/class0/3.JPEG").unlink()
+    assert re.search(r"it has --data with 12 files .* \(now 11 files", error(*flags, "--resume", "--steps", 7))
 
 
 def test_results_of_the_steps_before_are_moved_aside(tmp_path):
@@ -558,9 +563,9 @@ def test_supervised_loss_and_top1():
 @pytest.mark.parametrize("flags, name", [
     ([], "dinov2-nano-plain-s0"), (["--spec", "norms,qkv", "--seed", "3"], "dinov2-nano-norms-qkv-s3"),
     (["--spec", "qkv", "--spec-blocks", "8", "--data", "at/photos"], "dinov2-nano-photos-qkv-8blocks-s0"),
-    (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-plain-s0"),
-    (["--data", "imagenet/train"], "dinov2-nano-imagenet-train-plain-s0"), (["--init", "runs/mine/last.pt"], "dinov2-nano-mine-plain-s0"),
-    (["--init", "hub/model.safetensors", "--data", "a/list.txt"], "dinov2-nano-hub-list-plain-s0")], ids=str)
+    (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-s0"),
+    (["--data", "imagenet/train"], "dinov2-nano-imagenet-train-plain-s0"), (["--init", "runs/mine/last.pt"], "dinov2-nano-mine-s0"),
+    (["--init", "hub/model.safetensors", "--data", "a/list.txt"], "dinov2-nano-hub-list-s0")], ids=str)
 def test_name_of_a_run(flags, name):
     assert train.parse(["--scale", "nano", *flags]).out == Path("runs") / name
 
@@ -886,11 +891,13 @@ def test_an_old_run_is_untouched_until_the_new_one_has_a_checkpoint(tmp_path, mo
 
 def test_a_new_run_takes_the_old_ones_place_whole(tmp_path):
     run(tmp_path / "a", "--steps", 2)
-    (tmp_path / "a/eval.json").write_text('{"old": 1}')
-    run(tmp_path / "a", "--steps", 1, "--overwrite", "--seed", 5)
+    for name in ("eval.json", "eval.step2.json", "analysis.step2.json", "pictures.png", "mine.png"):
+        (tmp_path / "a" / name).write_text('{"old": 1}')
+    run(tmp_path / "a", "--steps", 1, "--overwrite", "--seed", 10**10)
+    (tmp_path / "a/mine.png").unlink()  # of that nobody knows what it is
     assert set(listing(tmp_path / "a")) == {"config.json", "log.jsonl", "last.pt"}
     assert len(logged(tmp_path / "a")) == 1
-    assert json.loads((tmp_path / "a/config.json").read_text())["args"]["seed"] == 5
+    assert json.loads((tmp_path / "a/config.json").read_text())["args"]["seed"] == 10**10
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "config.json", "eval.json"])
@@ -985,8 +992,11 @@ def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path, capsy
     assert "is specialised already, in another way" in error(*init, "--spec", "norms,qkv", "--spec-blocks", 8)
     run(tmp_path / "b", *init, "--spec", "norms,qkv", "--spec-blocks", 4)
     assert clsspec.load(tmp_path / "b/last.pt").config.spec_blocks == 4
+    for flags, words in ((["--spec-blocks", 2], "--spec-blocks: of no use where --spec is left out"), (["--spec-where", "last"], "--spec-where: of no use"),
+                         (["--spec-rank", 2], "--spec-rank: of no use"), (["--spec-init", "fresh"], "--spec-init: of no use")):
+        assert words in error(*init, *flags)
     capsys.readouterr()
-    train.main([*QUICK, "--init", str(tmp_path / "a/last.pt"), "--dry-run"])  # it stays what it is
+    train.main([*QUICK, "--init", str(tmp_path / "a/last.pt"), "--cls-lr", "2", "--dry-run"])  # it stays what it is
     out = capsys.readouterr().out
     assert "spec norms,qkv\n" in out and "--mlp-ratio" not in out
 
@@ -1002,7 +1012,7 @@ def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
     assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"], config["model"]["patch"]) == (None, None, 192, 16)
     run(tmp_path / "a", *flags, 2, "--resume")
     sizes = error("--init", tmp_path / "w.pth", "--image-size", 40, "--local-size", 24, "--out", tmp_path / "b")
-    assert "--image-size 40 (try 32) and --local-size 24 (try 16): no multiple of the patch, 16 px" in sizes
+    assert "--image-size 40 (try 32) and --local-size 24 (try 32): no multiple of the patch, 16 px" in sizes
 
 
 # No folder, no run: a flag out of range is refused by the parser. With each of the table's rows.
@@ -1114,12 +1124,12 @@ def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     given, plain = calls[0][:3], calls[4][:3]
     assert given[1:] == ("entmax15", ("norms",)) and plain[1:] == ("softmax", ())
     assert [c[:3] for c in calls[:8]] == [given] * 4 + [plain] * 4
-    for step, turn in ((4, calls[8:11]), (5, calls[11:])):  # equal work in a round
+    for step, turn in ((4, calls[8:11]), (5, calls[11:14])):  # equal work in a round
         assert sorted(c[:3] for c in turn) == sorted([given, plain, plain]) and {c[3] for c in turn} == {step}
     torch.manual_seed(0)
     torch.save(train.Network(train.parse(QUICK)).backbone.state_dict(), "w.pth")
     train.main([*QUICK, "--init", "w.pth", "--spec", "norms", "--bench", "1"])
-    assert [c[2] for c in calls[-3:]].count(()) == 2  # plain is plain then, too
+    assert [c[2] for c in calls[-4:-1]].count(()) == 2  # plain is plain then, too
     train.main([*QUICK, "--recipe", "deit3", "--bench", "1"])
     assert "views alone" in capsys.readouterr().out
     run(Path("spec"), "--spec", "norms", "--steps", "1")

@@ -316,7 +316,7 @@ def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 def epoch_size(args, folder, batch: int) -> int:
-    """Of so few pictures on disk that they fill no batch, some are in it several times."""
+    """How many pictures an epoch has. Of so few on disk that they fill no batch, some come twice."""
     return max(len(folder), batch) if folder else args.pictures
 
 
@@ -739,8 +739,8 @@ class Network(nn.Module):
         # What no loss reaches must not be waited for by DistributedDataParallel.
         self.backbone.mask_token.requires_grad = args.ibot > 0
         self.supervised = args.supervised
-        args.precision = args.precision or precision_for(args.device, cfg.width)
-        self.cast = args.device, torch.bfloat16, args.precision == "bf16"
+        self.precision = args.precision or precision_for(args.device, cfg.width)
+        self.cast = args.device, torch.bfloat16, self.precision == "bf16"
         if args.supervised:
             self.cls_head = nn.Linear(cfg.width, args.classes)
             nn.init.trunc_normal_(self.cls_head.weight, std=0.02)
@@ -1372,12 +1372,16 @@ def run(args, rank: int, ranks: int) -> None:
         folder = Folder(args.data, args.source_size, args.root, fetch)
     # A resumed run must find the same pictures: see `resume`.
     args.found = folder.found() if folder else None
-    args.classes = len(folder.classes) if folder else len(Scenes.labels) if scenes else 1000
+    if folder:
+        args.classes = len(folder.classes)
+    else:  # --bench's noise has as many as ImageNet
+        args.classes = len(Scenes.labels) if scenes else 1000
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
+    args.precision = shape.precision
     machine = torch.cuda.get_device_name() if cuda else args.device
     machine = "no GPU in use" if machine == "cpu" else machine
     what = f"{args.init}: {shape.backbone.origin};" if args.init else f"scale {args.scale}"

@@ -318,7 +318,8 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
             ax.axvline(0, color="#0072B2", linestyle="--")
         ax.set_title(head.replace("%", "points"), fontsize=9)
         ax.tick_params(labelsize=8)
-    fig.suptitle("Specialised minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
+    who = study.ARMS["best"].label.capitalize() if steps else "Specialised"
+    fig.suptitle(f"{who}, minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
                  "interval, each for itself. Blue: no difference.", fontsize=9)
     fig.savefig(path, dpi=90)
 

@@ -1120,7 +1120,11 @@ def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     calls, real = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec, rest[-3]))
                         or real(args, learner, *rest))
+    read, counted, counter = [], [], train.FlopCounterMode
+    monkeypatch.setattr(train, "peak_mb", lambda cuda: read.append(len(calls)) or 0.0)
+    monkeypatch.setattr(train, "FlopCounterMode", lambda **how: counted.append(len(calls)) or counter(**how))
     train.main([*QUICK, "--attn", "entmax15", "--spec", "norms", "--bench", "2"])
+    assert read == [4] and counted == [14]  # memory is read before the second network, FLOPs are counted after all else
     given, plain = calls[0][:3], calls[4][:3]
     assert given[1:] == ("entmax15", ("norms",)) and plain[1:] == ("softmax", ())
     assert [c[:3] for c in calls[:8]] == [given] * 4 + [plain] * 4

@@ -148,12 +148,12 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
     if data == "tiny":  # `inside` is of Scenes; this is of pictures like those it has learnt from
         out["inside tiny"] = measure + ["cosines", "--data", str(args.tiny)]
         out["tiny"] = judge + ["--data", "imagefolder", "--root", str(args.tiny.parent)]
-    if args.nyu:
-        out["nyu"] = nyu
-    if (data, arm) == ("scenes", "plain"):  # all arms of a seed begin like this one
-        out["untrained"] = judge + ["--network", "untrained"]
         if args.nyu:
-            out["nyu untrained"] = nyu + ["--network", "untrained"]
+            out["nyu"] = nyu
+            if arm == "plain":  # all arms of a seed begin like this one
+                out["nyu untrained"] = nyu + ["--network", "untrained"]
+    if (data, arm) == ("scenes", "plain"):
+        out["untrained"] = judge + ["--network", "untrained"]
     return out
 
 
@@ -305,7 +305,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--arms", type=names, help="only these arms, a comma list")
     p.add_argument("--tiny", type=folder, help="Tiny ImageNet's train/, beside its val/; runs on "
                    "it are else left out")
-    p.add_argument("--nyu", type=folder, help="NYU Depth v2, `pairs` of eval_dense.py: judge on it")
+    p.add_argument("--nyu", type=folder, help="NYU Depth v2, `pairs` of eval_dense.py: judge on "
+                   "it what has learnt on Tiny ImageNet")
     p.add_argument("--list", action="store_true", help="print the plan and stop")
     p.add_argument("--tables", action="store_true", help="print tables and stop")
     p.add_argument("--draw", action="store_true", help="make pictures, with matplotlib, and stop")

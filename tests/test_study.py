@@ -97,6 +97,8 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
     for data, arm, seed in study.runs():
         flags = train.parse(study.stages(args, tmp_path / "run", data, arm, seed)["train"][1:])
         assert flags.seed == seed and (flags.data == "scenes") == (data == "scenes")
+        judged_on_nyu = {stage for stage in study.stages(args, tmp_path / "run", data, arm, seed) if "nyu" in stage}
+        assert judged_on_nyu == (set() if data == "scenes" else {"nyu", "nyu untrained"} if arm == "plain" else {"nyu"})
         looks[arm] = flags.batch_size * flags.steps
     if scale == "nano":
         assert looks["plain"] == 40_000 and abs(looks["qkv8-large"] / looks["plain"] - 1) < 0.01

@@ -147,6 +147,7 @@ def walk(model: ViT, img: Tensor):
 def cosines(step: Step) -> dict[str, Tensor]:
     """Mean cosine of [CLS] with patches, and of patches with other patches, at each point: (B,)."""
     kept = {}
+    # Four points: do [CLS] and patches part in the norm, by attention, or in what adds up?
     for point, x in step.points.items():
         unit = F.normalize(x.float(), dim=-1)
         patches = unit[:, step.first :]
@@ -236,13 +237,12 @@ def looks(step: Step) -> dict[str, Tensor]:
     return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
 
 
-# Few pictures at once: `attention` holds all heads' weights of a block.
 def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
     """Walk uint8 pictures (P, 3, H, W) through a model, and keep of every step what the functions
     `keeps` make of it -> {function: {name: [a tensor (P, ...) a block]}}."""
     device = next(model.parameters()).device
     kept = defaultdict(lambda: defaultdict(list))  # {(function, name): {block: [of each batch]}}
-    parts = img.split(batch)
+    parts = img.split(batch)  # few at once: a step holds all heads' attention
     for part in eval_dense.bar(parts, "walking", len(parts)):
         for i, step in enumerate(walk(model, clsspec.normalise(part.to(device) / 255))):
             for keep in keeps:
@@ -310,7 +310,8 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
     out = defaultdict(list)
     for v in kept["norm"]:  # (P, N)
         # A model that parks global information in some patches makes them far longer than others.
-        odd = v > 3 * v.median()  # the median of all pictures together
+        # In medians, as lengths grow from block to block, and outliers would move a mean.
+        odd = v > 3 * v.median()  # of all pictures together
         out["median"].append(v.median().item())
         out["p99"].append(v.quantile(0.99).item())
         out["largest"].append(v.max().item())
@@ -397,6 +398,7 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
             found = {line["step"]: float(line[name]) for line in lines if name in line}
         if found:
             best_step = (min if name in LOWER else max)(found, key=found.get)
+            # Against the best, not the first: patches may get better and then worse.
             best, last = found[best_step], [*found.values()][-1]
             out[name] = {"steps": [*found], "values": [*found.values()], "best": best,
                          "best_step": best_step, "last": last, "lost": abs(last - best)}

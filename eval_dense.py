@@ -1256,8 +1256,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     dense, of_pictures = set(p.tasks) & set(DENSE), set(p.tasks) - set(DENSE)
     maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
-    # 1. Features, once if they fit: every crop would have other ones. `maps` are whole pictures with
-    # what is true of each pixel; `known`, features; Scenes, which are in memory, have both at once.
+    # 1. Features, once if they fit: every crop would have other ones. `maps` are whole pictures
+    # with what is true of each pixel; `known`, features; Scenes, in memory, have both at once.
     some = maps if dense else train.only("label")
     h, w = next(some.batches([[0]]))["image"].shape[-2:]
     # Features are computed 50 pictures at a time; of crops, a batch of the heads at a time.

@@ -316,7 +316,7 @@ def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 def epoch_size(args, folder, batch: int) -> int:
-    """How many pictures an epoch has. Of so few on disk that they fill no batch, some come twice."""
+    """How many pictures an epoch has. Of too few on disk to fill a batch some come several times."""
     return max(len(folder), batch) if folder else args.pictures
 
 
@@ -507,6 +507,8 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     # Drawn for the global batch, on the CPU: the same numbers on any ranks and any device.
     u = torch.rand(b * ranks, 2 + args.local_crops, DRAWN, generator=draw)
     u = u[rank * b : (rank + 1) * b].to(img.device, non_blocking=True)
+    # Global views hold most of a picture; local ones are cheap, and to say of a part what the
+    # teacher says of the whole asks for what the part belongs to.
     # Size, area, chances of blur and of solarise: DINO's two kinds of global view, and the local.
     kinds = [(args.image_size, args.global_scale, 1.0, 0.0),
              (args.image_size, args.global_scale, 0.1, 0.2)]
@@ -525,11 +527,13 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
     size, n, img = args.image_size, args.classes, img / 255
     views = view(img, u, size, args.global_scale, 0, 0, 2 * size / 224, args.colour, three=True)
     targets = F.one_hot(labels, n)
+    # Mixed pictures are new in every epoch, so that labels are not learnt by heart.
     ways = [v2.MixUp(alpha=args.mixup, num_classes=n)] if args.mixup else []
     ways += [v2.CutMix(alpha=args.cutmix, num_classes=n)] if args.cutmix else []
     if ways:
         views, targets = v2.RandomChoice(ways)(views, labels)
     clean = F.interpolate(img, (size, size), mode="bilinear", antialias=True)
+    # DeiT-III: each class of a mixture is there, and is asked for by itself.
     return views, (targets > 0).float(), normalise(clean)
 
 
@@ -625,6 +629,7 @@ class Head(nn.Module):
     def __init__(self, width: int, bottleneck: int, prototypes: int, layers: int, hidden: int,
                  norm: str):
         super().__init__()
+        # Layers that are thrown away afterwards: what serves this task alone is learnt in them.
         widths, steps = [width, *[hidden] * (layers - 1), bottleneck], []
         for i, o in zip(widths, widths[1:]):
             steps.append(nn.Linear(i, o, bias=norm == "none"))  # a norm would undo a bias
@@ -841,7 +846,7 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
     # A larger batch has a less noisy gradient, along which larger steps can be taken.
     growth = args.batch_size * ranks / args.lr_batch
     peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
-    # Low at first: soft targets, while nothing is known, make all pictures alike.
+    # Lower at first: DINO collapses above 0.06, unless it begins below (arXiv 2104.14294).
     rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
     return {"lr": cosine(step, args.steps, peak, args.lr_end, int(args.warmup * args.steps)),
             # Little at first, when all is to be found; more later, when little is left to learn.
@@ -1335,7 +1340,8 @@ def final_table(args) -> None:
 
 def own_table(args, folder: Folder) -> None:
     """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
-    some = range(0, len(folder), max(len(folder) // 5000, 1))  # from all classes: they are sorted
+    # Some 5,000, from all classes: files are sorted by them.
+    some = range(0, len(folder), max(len(folder) // 5000, 1))
     rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
     print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
           f"by the others', of {args.classes}\n(the network has seen all of them, without labels):"

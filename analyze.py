@@ -33,10 +33,10 @@ attention    Of patches as queries: `entropy`, nats; `support`, number of keys w
 foreground   How well each block's patches, after the final norm, tell foreground from background:
              area under the ROC curve, 0.5 not at all, mean over pictures, of cos(patch, [CLS]),
              `auc_cls`, and of the first principal component, the better of its two signs, `auc_pc`.
-             Colour alone can do it: look at --network untrained, too. `miou`, %: the block's linear
-             probe, from eval.json, where `eval_dense.py RUN --tasks seg --layers BLOCK` was run.
-             Wants masks: scenes, voc, pairs; --background says what is not foreground. (P2;
-             formulas ours)
+             Colour alone can do it: look at --network untrained, too; and a block that does it well
+             may be worse in a linear probe, `eval_dense.py RUN --tasks seg --layers BLOCK`. Wants
+             masks: scenes, voc, pairs; --background says what is not foreground. (P2; formulas
+             ours)
 degradation  The teacher's online probe in log.jsonl: each metric over steps, best, last, and what
              was lost since the best, in its unit. (P2, dense degradation)
 pca          A column a picture, a row a model: three principal components of the last block's
@@ -52,7 +52,6 @@ maps         A column a picture. Of each model and head of --block: where [CLS] 
 
 import argparse
 import glob
-import json
 import math
 import os
 import sys
@@ -81,7 +80,7 @@ except ImportError:  # numbers alone
 import clsspec
 import eval_dense
 import scenes
-from clsspec import Config, ViT, need, whole_patches
+from clsspec import ViT, need, whole_patches
 from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_line, read_json,
                         read_log, read_picture, scenes_gib, strict, within)
 
@@ -347,24 +346,6 @@ def patch_labels(mask: Tensor, grid) -> Tensor:
     return torch.where(pixels.sum(-1) > 0, pixels.argmax(-1), 255)
 
 
-def probes(s: Subject) -> list[float]:
-    """mIoU of each block's linear probe in eval.json, with the data set's own protocol but for the
-    layer; NaN where there is none."""
-    depth = s.model.config.depth
-    out = [math.nan] * depth
-    usual = eval_dense.title(s.args.network, s.args.data, s.args.root)
-    file = s.home / "eval.json"
-    for name, result in read_json(file).items():
-        words = [word for word in name.split(" ") if not word.startswith(("tasks=", "layers="))]
-        if " ".join(words) != usual:
-            continue
-        with intact(file):
-            layers = result.get("protocol", {}).get("layers") or [depth]
-            if len(layers) == 1 and result.get("miou") is not None:
-                out[layers[0] - 1] = float(result["miou"])
-    return out
-
-
 def foreground_numbers(kept: dict, s: Subject) -> dict[str, list]:
     """See `foreground` at the top. Pictures with only one of foreground and background do not
     count; NaN if none is left. ValueError: there are no masks."""
@@ -383,8 +364,7 @@ def foreground_numbers(kept: dict, s: Subject) -> dict[str, list]:
 
     first = [mean(components(x, 1)[0][..., 0]) for x in kept["patches"]]
     return {"auc_cls": [mean(cosine) for cosine in kept["cosine"]],
-            "auc_pc": [max(found, 1 - found) for found in first],  # a component has no sign
-            "miou": probes(s)}
+            "auc_pc": [max(found, 1 - found) for found in first]}  # a component has no sign
 
 
 def degradation(kept: dict, s: Subject) -> dict[str, dict]:
@@ -445,8 +425,7 @@ MEASURES = {
          {"[CLS]": "to_cls", "registers": "to_registers", "bias": "to_bias"})]),
     "foreground": (features, foreground_numbers, [
         ("foreground by", "area under ROC, 0.5: chance", 3,
-         {"cos to [CLS]": "auc_cls", "first PC": "auc_pc"}),
-        ("linear probe", "%", 2, {"mIoU": "miou"})]),
+         {"cos to [CLS]": "auc_cls", "first PC": "auc_pc"})]),
     "degradation": (None, degradation, [
         ("teacher's online probe", UNITS[name], 3, {WORDS[name]: name}) for name in METRICS]),
 }

@@ -1330,12 +1330,6 @@ def home(path: Path) -> Path:
     return path.parent if path.name == "last.pt" else Path("runs") / name_of(path)
 
 
-def title(network: str, data: str, root: str) -> str:
-    """The first words of a result's name in eval.json; then come the options that were changed."""
-    place = [Path(root).absolute().name] if data in ("pairs", "imagefolder") and root else []
-    return " ".join([network, data, *place])
-
-
 def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -> None:
     """Rows of pictures, class maps and depth maps, as a PNG."""
     depths = [depth.max().item() for depth in shots.get("true depth", ())]
@@ -1420,7 +1414,9 @@ def run(args) -> None:
     check_download(args)
     changed = changes(args)
     p = replace(PROTOCOLS[args.data], **changed)
-    key = title(args.network, args.data, args.root)
+    key = f"{args.network} {args.data}"
+    if args.root and args.data in ("pairs", "imagefolder"):
+        key += f" {Path(args.root).absolute().name}"
     for name, value in changed.items():
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         key += f" {name}={value}"

@@ -316,7 +316,7 @@ def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 def epoch_size(args, folder, batch: int) -> int:
-    """How many pictures an epoch has. Of too few on disk to fill a batch some come several times."""
+    """How many pictures an epoch has. Of too few to fill a batch some come several times."""
     return max(len(folder), batch) if folder else args.pictures
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import torch
 
 import study  # the plan, which says what is compared with what
-from study import analyze, need, read
+from study import analyze, need
 
 # Comparing runs. A `group` is {arm: {seed: line}} of one scale, one data set and one use of seeds.
 # An outcome is {its name in a table, arrow in the better direction: (name in a line's "results",

@@ -19,7 +19,7 @@ import eval_dense
 import train
 from analyze import POINTS, Step, survey, walk
 from conftest import QUICK
-from test_clsspec import TINY, VARIANTS, vit
+from test_clsspec import VARIANTS, vit
 
 
 def step(x=None, attention=None, first=1, cls=True, bias=0, grid=(2, 2)):
@@ -295,7 +295,7 @@ def test_patch_labels_are_the_commonest_class():
     assert analyze.patch_labels(mask, (2, 3)).tolist() == [[1, 2, 255, 255, 255, 0]]
 
 
-def test_foreground_that_is_planted(tmp_path):
+def test_foreground_that_is_planted():
     torch.manual_seed(0)
     labels = (torch.rand(6, 64) < 0.4).long() * 4 + (torch.rand(6, 64) < 0.5).long() * 3  # 0, 3 behind; 4, 7 in front
     front = labels >= 4
@@ -307,8 +307,7 @@ def test_foreground_that_is_planted(tmp_path):
     cosine[0, :5] = -1  # of patches without a class
     labels[5] = 4  # all in front: does not count
     kept = {"patches": [x, torch.randn(6, 64, 8)], "cosine": [cosine, -cosine]}
-    model = SimpleNamespace(config=SimpleNamespace(depth=2))
-    more = dict(model=model, home=tmp_path, grid=(8, 8), mask=labels.view(6, 8, 8))  # a patch is a pixel
+    more = dict(grid=(8, 8), mask=labels.view(6, 8, 8))  # a patch is a pixel
     n = analyze.foreground_numbers(kept, subject(**more))
     assert n["auc_cls"] == [1, 0] and n["auc_pc"][0] == 1 and 0.5 <= n["auc_pc"][1] < 0.6
     one_class = analyze.foreground_numbers(kept, subject(**more | {"mask": torch.zeros(6, 8, 8).long()}))
@@ -318,28 +317,6 @@ def test_foreground_that_is_planted(tmp_path):
     assert 0.5 < analyze.foreground_numbers(kept, voc)["auc_cls"][0] < 0.9
     voc.args.background = (0, 3)
     assert analyze.foreground_numbers(kept, voc)["auc_cls"][0] == 1
-
-
-def test_probes_are_read_from_eval_json(tmp_path):
-    def result(miou, *layers):
-        return {"miou": miou, "protocol": {"layers": layers}}
-
-    model = SimpleNamespace(config=SimpleNamespace(depth=3))
-    run, file = subject(home=tmp_path, model=model), tmp_path / "eval.json"
-    assert all(map(math.isnan, analyze.probes(run)))
-    file.write_text(json.dumps({
-        "teacher scenes tasks=seg,depth": result(30.0), "teacher scenes tasks=seg layers=2": result(20.0, 2),
-        "teacher scenes layers=1 seed=3": result(9.0, 1), "untrained scenes layers=1": result(8.0, 1),
-        "teacher voc layers=1": result(7.0, 1), "teacher scenes layers=1": result(25.0, 1),
-        "teacher scenes layers=2,3": result(99.0, 2, 3), "teacher scenes tasks=knn layers=1": {"knn": 5.0}}))
-    found = analyze.probes(run)
-    assert found == [25, 20, 30]
-    file.write_text(json.dumps({"teacher pairs nyu layers=1": result(7.0, 1), "teacher pairs b layers=1": result(6.0, 1)}))
-    run.args.data, run.args.root = "pairs", "at/nyu"
-    assert analyze.probes(run)[0] == 7
-    file.write_text("{")
-    with pytest.raises(ValueError, match="eval.json is damaged"):
-        analyze.probes(run)
 
 
 def test_degradation_finds_the_peak(tmp_path):

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import analyze
 import clsspec
 import eval_dense
 import train
@@ -433,8 +432,6 @@ def test_public_weights_and_networks_that_see_other_sizes(runs, tmp_path, monkey
     assert "which it saw at 64 x 64 px, this one at 128 x 128 px, with" in capsys.readouterr().out
     (key, result), = json.loads((tmp_path / "runs/w/eval.json").read_text()).items()
     assert key == "teacher scenes tasks=knn,seg iterations=10 train=60 test=20" and result["knn"] > 0
-    analyze.main(["w.pth", "--what", "foreground", "--pictures", "2"])  # reads no probe of other options
-    assert json.loads((tmp_path / "runs/w/analysis.json").read_text())["foreground"]["models"]["w"]["miou"] == [None, None]
 
 
 def test_masks_without_any_class(tmp_path):

@@ -331,10 +331,11 @@ def run(args) -> None:
               and (data != "tiny" or args.tiny)]
     if args.scale != "nano":  # whose are the lengths and rates of all other arms
         wanted = [one for one in wanted if one[1] in ("plain", "norms", "qkv4", "qkv8")]
+    lines = {line["run"]: line for line in read(file)} if file.exists() else {}
     if args.list:
         for one in wanted:
             name = name_of(args.scale, *one)
-            state = state_of(args.root / name)
+            state = lines.get(name) or state_of(args.root / name)
             print(f"{name:24}", "FAILED" if state["failed"] else ", ".join(state["minutes"]))
         return
     args.root = args.root.absolute()
@@ -343,9 +344,8 @@ def run(args) -> None:
     end = time.time() + 60 * args.minutes
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each command is ended, then we
         signal.signal(number, lambda *_: STOP.set())
-    lines = read(file) if file.exists() else []
-    elsewhere = {line["run"] for line in lines
-                 if "inside" in line["minutes"] and not (args.root / line["run"]).exists()}
+    elsewhere = {name for name, line in lines.items()
+                 if "inside" in line["minutes"] and not (args.root / name).exists()}
     wanted = [one for one in wanted if name_of(args.scale, *one) not in elsewhere]
     writing = threading.Lock()
 

@@ -199,7 +199,7 @@ def test_it_goes_on_where_the_folders_of_what_is_done_are_not(small, tmp_path, c
     capsys.readouterr()
     small("--list")
     listed = capsys.readouterr().out
-    assert "scenes-plain-100         train, scenes, untrained, inside\n" in listed and "scenes-norms-100         \n" in listed
+    assert "scenes-plain-100         train, scenes, inside, untrained\n" in listed and "scenes-norms-100         \n" in listed
     after = small()
     printed = capsys.readouterr().out
     assert "plain" not in printed and printed.count("norms") == 6 and after[:2] == lines and len(after) == 4

@@ -22,8 +22,8 @@ OUTCOMES = {
     "k-NN % ↑": ("teacher scenes", "knn", 2),
     "NYU mIoU % ↑": ("teacher pairs", "miou", 2),
     "NYU RMSE m ↓": ("teacher pairs", "rmse", 3),
-    "Tiny ImageNet k-NN % ↑": ("teacher imagefolder", "knn", 2),
-    "Tiny ImageNet linear % ↑": ("teacher imagefolder", "linear", 2),
+    "Tiny ImageNet k-NN % ↑": ("teacher imagefolder image_size=64", "knn", 2),
+    "Tiny ImageNet linear % ↑": ("teacher imagefolder image_size=64", "linear", 2),
     "cosine before norms": (COSINES, "before norm cls_patch", 3),
     "cosine after norms": (COSINES, "after norm cls_patch", 3),
     "the same, Tiny ImageNet": ("cosines tiny, mean over blocks", "after norm cls_patch", 3),
@@ -94,14 +94,21 @@ def arm_of(name: str) -> study.Arm:
     return study.ARMS.get(name) or study.Arm("", name, EARLIER.get(name, "plain"))
 
 
+def options(name: str) -> tuple[str, set[str]]:
+    """A result's name -> what it is of, and the options that it was judged with."""
+    words = name.split(" ")
+    return " ".join(word for word in words if "=" not in word), {w for w in words if "=" in w}
+
+
 def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float]:
     """{seed: number} of an arm."""
-    out = {}
+    out, (wanted, protocol) = {}, options(result)
     for seed, line in sorted(seeds.items()):
         for key, found in line["results"].items():
-            # After the name may stand a folder, or how many pictures. A "=" is an option that
-            # somebody judged with by hand: another protocol, and so another outcome.
-            if f"{key} ".startswith(f"{result} ") and "=" not in key and metric in found:
+            # After the name may stand a folder, or how many pictures. Other options are another
+            # protocol, and so another outcome.
+            name, theirs = options(key)
+            if f"{name} ".startswith(f"{wanted} ") and theirs == protocol and metric in found:
                 out.setdefault(seed, found[metric])
     return out
 

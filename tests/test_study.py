@@ -43,6 +43,7 @@ if stage == "train":
     (run / "log.jsonl").write_text(json.dumps(log) + "\\n")
 elif stage == "scenes":
     judged = {"teacher scenes layer=4": {"miou": 1}, "untrained scenes": {"miou": 9},
+              "teacher imagefolder tiny": {"knn": 7}, "teacher imagefolder tiny image_size=64": {"knn": 8.5},
               "teacher scenes": {"miou": 30.0 + int(seed) + (arm == "norms"), "rmse": 1.5}}
     (run / "eval.json").write_text(json.dumps(judged))
 elif stage == "inside":
@@ -182,9 +183,10 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     small("--tables")
     text = capsys.readouterr().out
     table = rows(text)
-    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "cosine after norms", "the same, Tiny ImageNet", "keys, patches"]
-    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "50.625 ± 0.354", "50.625 ± 0.354", "25.3 ± 0.0"]
-    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", "", ""]
+    assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "Tiny ImageNet k-NN % ↑", "cosine after norms",
+                                           "the same, Tiny ImageNet", "keys, patches"]
+    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "8.50 ± 0.00", "50.625 ± 0.354", "50.625 ± 0.354", "25.3 ± 0.0"]
+    assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", "", "", ""]
     assert table["norms<br>minus plain"][1] == "131.50 ± 0.71<br>+1.00 [+1.00, +1.00]"
     assert all(line["cpu"] == study.cpu() != "" for line in lines)
     assert "nano, trained on Scenes, seeds for claims" in text and "4 runs, 0.0 hours of a core. Failed runs: none" in text

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 # Before torch, or it is not read. The tests' tensors are small: more threads gain a tenth, and beside other programs wait
+
 # for each other, three to ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,7 +26,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of seconds: every part of the default, small.
 QUICK = ["--scale", "nano", "--device", "cpu", "--pictures", "16", "--batch-size", "4", "--image-size", "32",
-         "--source-size", "32", "--local-size", "16", "--local-crops", "1", "--prototypes", "16", "--hidden", "16", "--log-every", "1",
+         "--source-size", "32", "--local-size", "16", "--local-crops", "1", "--prototypes", "16",
+         "--hidden", "16", "--log-every", "1",
          "--no-probe", "--steps", "4"]
 
 

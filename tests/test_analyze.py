@@ -95,7 +95,8 @@ def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path):
 # --- the walk ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS.values(), dict(spec=("norms", "qkv"), registers=2, registers_path="cls")])
+@pytest.mark.parametrize("changes", [*VARIANTS.values(), dict(spec=("norms", "qkv"), registers=2,
+                                                              registers_path="cls")])
 def test_the_walk_is_the_forward_pass(changes):
     model, img = vit(**changes), torch.randn(2, 3, 24, 40, dtype=torch.float64)
     steps, out = list(walk(model, img)), model(img)
@@ -193,8 +194,10 @@ def test_what_is_kept_of_a_step_equals_loops():
     far = [[math.hypot(i // 3 - j // 3, i % 3 - j % 3) for j in range(6)] for i in range(6)]
     distance = [sum(v * d for v, d in zip(q[3:], far[i])) / sum(q[3:]) for i, q in enumerate(row.tolist()[2:])]
     mean = lambda v: sum(v) / len(v)
-    expected = {"entropy": mean(entropy[2:]), "support": mean(support[2:]), "cls_entropy": entropy[0], "cls_support": support[0],
-                "distance": mean(distance), "to_bias": 100 * row[2:, 0].mean().item(), "to_cls": 100 * row[2:, 1].mean().item(),
+    expected = {"entropy": mean(entropy[2:]), "support": mean(support[2:]),
+                "cls_entropy": entropy[0], "cls_support": support[0],
+                "distance": mean(distance), "to_bias": 100 * row[2:, 0].mean().item(),
+                "to_cls": 100 * row[2:, 1].mean().item(),
                 "to_registers": 100 * row[2:, 2].mean().item()}
     assert {k: v[1, 2].item() for k, v in a.items()} == pytest.approx(expected, rel=1e-5)
     none = {**analyze.dimensions(step(cls=False)), **analyze.features(step(attention=w[:1, :, :5], cls=False))}
@@ -264,7 +267,8 @@ def test_attention_that_is_one_hot():
     w[0, 0, 2, 4] = 1  # patch (0, 1) to patch (1, 1)
     w[0, 0, 3:, 0] = 1  # the others to [CLS]
     a = {k: v.item() for k, v in analyze.attention(step(attention=w)).items()}
-    assert a == pytest.approx({"entropy": 0, "support": 1, "cls_entropy": 0, "cls_support": 1, "to_bias": 0, "to_cls": 50,
+    assert a == pytest.approx({"entropy": 0, "support": 1, "cls_entropy": 0, "cls_support": 1,
+                               "to_bias": 0, "to_cls": 50,
                                "to_registers": 0, "distance": (math.sqrt(2) + 1) / 2})
     no_cls = analyze.attention(step(attention=w[:, :, 1:, 1:], first=0, cls=False))
     assert all(no_cls[k].isnan().all() for k in ("to_cls", "cls_entropy", "cls_support"))
@@ -422,7 +426,8 @@ def test_everything_of_two_runs(trained, capsys):
 
 def test_a_table_has_its_words_above_its_numbers(capsys):
     attention = {"entropy": [[1.0, 2.0]], "cls_entropy": [[math.nan, math.nan]], "support": [[17.0, 17.0]],
-                 "cls_support": [[17.0, 16.0]], "distance": [1.25], "to_cls": [5.0], "to_registers": [0.0], "to_bias": [0.0]}
+                 "cls_support": [[17.0, 16.0]], "distance": [1.25], "to_cls": [5.0],
+                 "to_registers": [0.0], "to_bias": [0.0]}
     analyze.table("attention", "mine", attention)
     model, titles, labels, block = capsys.readouterr().out.splitlines()[1:]
     assert model == "attention: mine" and block.split() == "block 1 1.500 - 17 16 1.25 5.00 0.00 0.00".split()
@@ -446,7 +451,8 @@ def test_what_is_the_same_everywhere_is_not_drawn():
 def test_what_the_machine_has_no_memory_for_is_not_begun(trained, monkeypatch, flags):
     monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 4.0)
     monkeypatch.setattr(analyze, "pictures", lambda *_: pytest.fail("it was begun"))
-    with pytest.raises(SystemExit, match="[0-9]+ pictures of [0-9]+ px would take about [0-9]+ GiB, and there are 4; lower --pictures or --image-size"):
+    with pytest.raises(SystemExit, match="[0-9]+ pictures of [0-9]+ px would take about [0-9]+ GiB, "
+                                         "and there are 4; lower --pictures or --image-size"):
         analyze.main([str(trained / "plain"), *flags])
 
 
@@ -469,9 +475,11 @@ def test_what_is_of_a_run_is_in_its_folder(trained):
 
 def test_class_attention_has_no_cls_at_first(tmp_path):
     train.main(QUICK + ["--class-attn", "2", "--attn-bias", "--out", str(tmp_path / "cait")])
-    analyze.main([str(tmp_path / "cait"), "--what", "cosines,dimensions,norms,attention,foreground,pca", "--pictures", "3"])
+    analyze.main([str(tmp_path / "cait"), "--what",
+                  "cosines,dimensions,norms,attention,foreground,pca", "--pictures", "3"])
     saved = {w: v["models"]["cait"] for w, v in json.loads((tmp_path / "cait" / "analysis.json").read_text()).items()}
-    for what, key in (("cosines", "before norm cls_patch"), ("dimensions", "gain on cls dims"), ("attention", "cls_entropy"),
+    for what, key in (("cosines", "before norm cls_patch"), ("dimensions", "gain on cls dims"),
+                      ("attention", "cls_entropy"),
                       ("attention", "to_cls"), ("foreground", "auc_cls"), ("dimensions", "before norm overlap")):
         values = saved[what][key]
         assert len(values) in (12, 13)
@@ -533,7 +541,8 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
             mask.paste(1, (0, 0, 24, 20))
             mask.point([0, 255] + [0] * 254).convert("RGB").save(tmp_path / "images" / split / f"{i}.png", exif=turned)
             mask.save(tmp_path / "masks" / split / f"{i}.png")
-    flags = [str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root", str(tmp_path), "--image-size", "32"]
+    flags = [str(trained / "plain"), "--what", "foreground", "--data", "pairs", "--root",
+             str(tmp_path), "--image-size", "32"]
     img, mask = analyze.pictures(analyze.parse(flags), 32)
     assert img.shape == (2, 3, 32, 32) and mask.shape == (2, 32, 32)
     assert ((img[:, 0] > 127) == (mask == 1)).float().mean() > 0.95 and (mask[:, :14, :14] == 1).all()
@@ -550,7 +559,9 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
     (["x", "--compare", "a", "b"], "--compare and nothing else"),
     (["x", "--what", "norms,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
-    (["x", "--patch", "3"], "'3' is not ROW,COLUMN"), (["x", "--patch", "1,a"], "'a' is not a whole number"), (["x", "--block", "0"], "--block: 0 is outside"),
+    (["x", "--patch", "3"], "'3' is not ROW,COLUMN"),
+    (["x", "--patch", "1,a"], "'a' is not a whole number"),
+    (["x", "--block", "0"], "--block: 0 is outside"),
     (["x", "--background", "0,sky"], "--background"), (["x", "--background", "300"], "--background"),
     (["x", "--seconds", "3"], "--seconds")])
 def test_flags_are_refused_by_the_parser(flags, words, capsys):
@@ -611,7 +622,8 @@ def runs(folder, name, results, key="teacher scenes"):
 
 def test_compare_pairs_seeds_and_says_when_zero_is_inside(tmp_path, capsys):
     runs(tmp_path, "a", {s: {"miou": 30 + s, "rmse": 1.5, "knn": 40 + s} for s in (0, 1, 2, 7)})
-    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s, "knn": 41 - s} for s in (0, 1, 2, 8)})
+    runs(tmp_path, "b", {s: {"miou": 32 + s + 0.1 * (s == 1), "rmse": 1.6 + 0.01 * s,
+                             "knn": 41 - s} for s in (0, 1, 2, 8)})
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     text = capsys.readouterr().out
     assert "paired over seeds [0, 1, 2], without [7, 8]" in text and "only" not in text
@@ -657,7 +669,8 @@ def test_compare_says_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("file, text", [
     *[("eval.json", f'{{"teacher scenes": {x}}}') for x in ("5", "null", '{"miou": [1, 2]}', '{"miou": "x"}')],
-    *[("analysis.json", text) for text in ('{"cosines": 5}', '{"cosines": {"models": []}}', '{"cosines": {"models": {"a-0": {"shared": "x"}}}}')],
+    *[("analysis.json", text) for text in ('{"cosines": 5}', '{"cosines": {"models": []}}',
+                                           '{"cosines": {"models": {"a-0": {"shared": "x"}}}}')],
     ("config.json", '{"args": []}'), ("config.json", '{"args": {"seed": [1]}}')])
 def test_damaged_files_of_a_run_are_named(tmp_path, file, text):
     for name in "ab":
@@ -682,9 +695,11 @@ def test_compare_knows_what_was_analysed(tmp_path, capsys):
     for name, more in (("a", 0.0), ("b", 0.25)):
         runs(tmp_path, name, {s: {"miou": 1.0} for s in (0, 1)})
         for s in (0, 1):
-            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None], "after norm patch_patch": [[0.5, 0.7], [None, None]], "x": [1.0]}
+            numbers = {"before norm cls_patch": [0.1 + more, 0.3 + more, None],
+                       "after norm patch_patch": [[0.5, 0.7], [None, None]], "x": [1.0]}
             (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": {
-                "models": {f"{name}-{s}": numbers, "beside": {"before norm cls_patch": [9.0]}}, "made": {"pictures": {"beside": 8}}}}))
+                "models": {f"{name}-{s}": numbers, "beside": {"before norm cls_patch": [9.0]}},
+                "made": {"pictures": {"beside": 8}}}}))
     found = analyze.compare(str(tmp_path / "a-*"), str(tmp_path / "b-*"))["results"]["cosines, mean over blocks of 8 pictures"]
     assert found.keys() == {"before norm cls_patch", "after norm patch_patch"}
     assert found["before norm cls_patch"]["a"] == pytest.approx(0.2) and found["after norm patch_patch"]["b"] == pytest.approx(0.6)

@@ -173,7 +173,8 @@ def test_a_branch_is_skipped_picture_by_picture():
         config("nano", drop_path=1.0)
 
 
-@pytest.mark.parametrize("more", [{}, {"class_attn": 2}, {"registers": 2, "registers_path": "cls"}, {"attn": "entmax15"}],
+@pytest.mark.parametrize("more", [{}, {"class_attn": 2}, {"registers": 2, "registers_path": "cls"},
+                                  {"attn": "entmax15"}],
                          ids=str)
 def test_cls_only_is_cls_of_the_whole(more):
     more |= {} if "class_attn" in more else {"spec": ("norms", "qkv", "proj", "mlp"), "spec_blocks": 3}
@@ -192,7 +193,8 @@ def test_cls_only_is_cls_of_the_whole(more):
 
 @pytest.mark.parametrize("changes, recompute", [
     ({"spec": COMPONENTS, "spec_blocks": 1}, True), ({"spec": ("norms", "qkv"), "spec_blocks": 1}, False),
-    ({"spec": ("qkv",), "spec_rank": 2, "registers": 2, "registers_path": "cls", "attn_bias": True, "spec_blocks": 1}, True),
+    ({"spec": ("qkv",), "spec_rank": 2, "registers": 2, "registers_path": "cls", "attn_bias": True,
+      "spec_blocks": 1}, True),
     ({"attn": "entmax15"}, False), ({"class_attn": 1}, True)], ids=str)
 def test_a_step_of_every_component_eager_and_compiled(changes, recompute, monkeypatch):
     """The same outputs and gradients, in training, with the parts of the compiler that need no C++ compiler."""
@@ -629,9 +631,11 @@ def transformers_names(state, new=False):
     """Our names -> those of transformers' Dinov2, as of 4.40 and, `new`, of 5."""
     where = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"} if new else \
         {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
-    rules = [(r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"), (r"^pos_embed$", "embeddings.position_embeddings"),
+    rules = [(r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+             (r"^pos_embed$", "embeddings.position_embeddings"),
              (r"^patch_embed.proj", "embeddings.patch_embeddings.projection"), (r"^blocks", "encoder.layer"),
-             (r"attn.proj", f"attention.{where['o']}"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"), (r"^norm\.", "layernorm.")]
+             (r"attn.proj", f"attention.{where['o']}"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"),
+             (r"^norm\.", "layernorm.")]
     out = {}
     for name, value in state.items():
         for ours, theirs in rules:
@@ -721,7 +725,9 @@ def test_public_weights_load_and_compute_the_same(name, tmp_path):
 
 
 def test_a_file_of_safetensors(tmp_path):
-    file, small = tmp_path / "a.safetensors", {"x": torch.randn(2, 3), "y": torch.randn(4).bfloat16(), "z": torch.tensor(2.0).half()}
+    file, small = tmp_path / "a.safetensors", {"x": torch.randn(2, 3),
+                                               "y": torch.randn(4).bfloat16(),
+                                               "z": torch.tensor(2.0).half()}
     write_safetensors(file, small)
     found = clsspec.read(file)
     assert found.keys() == small.keys() and all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in small.items())
@@ -734,15 +740,19 @@ def test_a_file_of_safetensors(tmp_path):
     assert "all 49 tensors" in ours.origin and "LayerScale" in ours.origin and "made for 32 px" in ours.origin, ours.origin
 
 
-@pytest.mark.parametrize("what", ["cut in the bytes", "cut in the header", "cut in the length", "text", "foreign type", "list",
-                                  "beyond", "backwards", "negative", "shape", "words", "too long", "overlap", "more", "hole"])
+@pytest.mark.parametrize("what", ["cut in the bytes", "cut in the header", "cut in the length",
+                                  "text", "foreign type", "list",
+                                  "beyond", "backwards", "negative", "shape", "words", "too long",
+                                  "overlap", "more", "hole"])
 def test_a_damaged_file_of_safetensors_is_refused(what, tmp_path):
     file, state = tmp_path / "a.safetensors", {"x": torch.randn(2, 3), "y": torch.randn(4)}
     one = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    headers = {"foreign type": {"x": one | {"dtype": "F8"}}, "list": [1, 2], "beyond": {"x": one | {"data_offsets": [0, 400]}},
+    headers = {"foreign type": {"x": one | {"dtype": "F8"}}, "list": [1, 2],
+               "beyond": {"x": one | {"data_offsets": [0, 400]}},
                "backwards": {"x": one | {"data_offsets": [24, 0]}}, "negative": {"x": one | {"data_offsets": [-24, 0]}},
                "shape": {"x": one | {"shape": [2, 4]}}, "words": {"x": one | {"data_offsets": ["a", "b"]}},
-               "overlap": {"x": one, "y": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}}, "hole": {"y": {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]}}}
+               "overlap": {"x": one, "y": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}},
+               "hole": {"y": {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]}}}
     cuts = {"cut in the bytes": 3, "cut in the header": 50, "cut in the length": 10**4}
     write_safetensors(file, state, headers.get(what))
     if what in cuts:
@@ -759,14 +769,22 @@ def test_a_damaged_file_of_safetensors_is_refused(what, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("norm.bias", lambda x: x.to(torch.int8), "norm.bias holds no floating-point numbers .int8"), ("norm.bias", lambda x: x > 0, "holds no floating-point numbers .bool"),
-    ("norm.bias", lambda x: x.to(torch.complex64), "complex64"), ("norm.bias", lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
-    ("norm.bias", lambda x: x.to_sparse(), "sparse_coo"), ("norm.bias", lambda x: x.to("meta"), "holds no floating-point"),
-    ("norm.bias", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"), ("norm.bias", lambda x: [1.0], "must be a tensor, and is a list"),
-    ("cls_token", lambda x: x[0, 0, 0], "cls_token is of no ViT's shape"), ("pos_embed", lambda x: x[0, 0], "pos_embed is of no"),
-    ("pos_embed", lambda x: x[:, :0], "pos_embed is of no"), ("patch_embed.proj.weight", lambda x: x[..., :0], "patch_embed.proj.weight is of no"),
-    ("blocks.0.mlp.fc1.weight", lambda x: x[0, 0], "fc1.weight is of no"), ("blocks.x.foo", None, "blocks.x.foo is of no ViT's shape or name"),
-    ("module.norm.bias", None, "two of the file's tensors are norm.bias; keep one network in it"), ("norm.bias", lambda x: x / 0, "norm.bias is not finite")])
+    ("norm.bias", lambda x: x.to(torch.int8), "norm.bias holds no floating-point numbers .int8"),
+    ("norm.bias", lambda x: x > 0, "holds no floating-point numbers .bool"),
+    ("norm.bias", lambda x: x.to(torch.complex64), "complex64"),
+    ("norm.bias", lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ("norm.bias", lambda x: x.to_sparse(), "sparse_coo"),
+    ("norm.bias", lambda x: x.to("meta"), "holds no floating-point"),
+    ("norm.bias", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"),
+    ("norm.bias", lambda x: [1.0], "must be a tensor, and is a list"),
+    ("cls_token", lambda x: x[0, 0, 0], "cls_token is of no ViT's shape"),
+    ("pos_embed", lambda x: x[0, 0], "pos_embed is of no"),
+    ("pos_embed", lambda x: x[:, :0], "pos_embed is of no"),
+    ("patch_embed.proj.weight", lambda x: x[..., :0], "patch_embed.proj.weight is of no"),
+    ("blocks.0.mlp.fc1.weight", lambda x: x[0, 0], "fc1.weight is of no"),
+    ("blocks.x.foo", None, "blocks.x.foo is of no ViT's shape or name"),
+    ("module.norm.bias", None, "two of the file's tensors are norm.bias; keep one network in it"),
+    ("norm.bias", lambda x: x / 0, "norm.bias is not finite")])
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_no_weight_is_refused(key, value, words):
     state = layouts()["DINOv2"][1]
@@ -827,7 +845,8 @@ def test_preprocess_resizes_to_whole_patches_and_normalises():
     torch.testing.assert_close(clsspec.preprocess(noise, 14), clsspec.normalise(noise / 255), atol=1e-5, rtol=0)
     smaller = clsspec.normalise(resize(noise[..., :28], [14, 14], antialias=True) / 255)  # rounded to whole numbers
     torch.testing.assert_close(clsspec.preprocess(noise[..., :28], 14, 14), smaller, atol=0.02, rtol=0)
-    for bad in (torch.zeros(3, 14, 14), torch.zeros(14, 14, 3, dtype=torch.uint8), torch.zeros(1, 14, 14, dtype=torch.uint8)):
+    for bad in (torch.zeros(3, 14, 14), torch.zeros(14, 14, 3, dtype=torch.uint8),
+                torch.zeros(1, 14, 14, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="preprocess takes uint8 pictures"):
             clsspec.preprocess(bad, 14)
 
@@ -884,12 +903,14 @@ def test_networks_of_a_checkpoint(tmp_path):
 def test_a_start_has_the_specialisation_that_is_asked_for(tmp_path):
     _, state, _ = layouts()["DINOv2"]
     torch.save(state, tmp_path / "w.pth")
-    cfg = clsspec.replace(clsspec.load(tmp_path / "w.pth").config, spec=("norms", "qkv"), spec_blocks=2, spec_where="last",
+    cfg = clsspec.replace(clsspec.load(tmp_path / "w.pth").config, spec=("norms", "qkv"),
+                          spec_blocks=2, spec_where="last",
                           spec_rank=3, drop_path=0.25)
     model = clsspec.start(clsspec.checked(cfg), tmp_path / "w.pth")
     assert model.config == cfg and model.blocks[0].drop_path == 0.25
     assert [isinstance(b.attn.qkv, clsspec.Specialised) for b in model.blocks] == [False, True, True]
-    assert clsspec.start(clsspec.replace(cfg, spec=(), spec_rank=0, spec_blocks=0, spec_where="first"), tmp_path / "w.pth").config.spec == ()
+    assert clsspec.start(clsspec.replace(cfg, spec=(), spec_rank=0, spec_blocks=0,
+                                         spec_where="first"), tmp_path / "w.pth").config.spec == ()
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -77,7 +77,8 @@ def test_silog_is_its_formula_on_valid_pixels():
     mean = sum(g) / len(g)
     expected = math.sqrt(sum((v - mean) ** 2 for v in g) / len(g) + 0.15 * mean**2)
     assert eval_dense.silog(predicted, truth).item() == pytest.approx(expected, rel=1e-4)
-    assert eval_dense.silog(2 * truth.clamp(min=0.1), truth).item() == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-3)
+    assert (eval_dense.silog(2 * truth.clamp(min=0.1), truth).item()
+            == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-3))
     nothing = eval_dense.silog(predicted.requires_grad_(), torch.zeros_like(truth))
     nothing.backward()
     assert nothing.item() == 0 and predicted.grad.abs().max() == 0
@@ -185,7 +186,8 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, knows=True):
         super().__init__()
-        self.config, self.knows = types.SimpleNamespace(patch=8, width=5, depth=1, heads=1, mlp_ratio=4.0, attn="softmax"), knows
+        self.config, self.knows = types.SimpleNamespace(patch=8, width=5, depth=1, heads=1,
+                                                        mlp_ratio=4.0, attn="softmax"), knows
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.draw = torch.Generator().manual_seed(0)
 
@@ -380,13 +382,23 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
 
 @pytest.mark.parametrize("flags, words", [
     (["nowhere"], "no checkpoint at nowhere"), (["RUN", "--tasks", "seg,box"], "unknown box; choose from seg"),
-    (["RUN", "--layers", "9,13"], "--layers 9,13 is outside 1 to 12"), (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
-    (["RUN", "--train", "1"], "one training picture is too few"), (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
-    (["RUN", "--crop", "32"], "scenes has no use for --crop"), (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
-    (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"), (["RUN", "--data", "cifar10", "--crop", "8"], "cifar10 has no use for --crop"),
-    (["RUN", "--root", "."], "--root: Scenes lie in no folder"), (["RUN", "--tasks", "knn", "--flip"], "scenes has no use for --flip with --tasks knn"),
-    (["RUN", "--tasks", "knn", "--save-pictures", "1"], "--save-pictures draws what seg and depth predict"), (["RUN", "RUN"], "results of two of these would go to .*a; rename one"),
-    (["RUN", "--data", "pairs", "--tasks", "seg", "--unit", "2"], "pairs has no use for --unit with --tasks seg"), (["RUN", "--download"], "scenes cannot be fetched, only voc, pets, imagenette, cifar10; leave out --download"), (["RUN", "--device", "cuda"], "torch sees no GPU"), (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
+    (["RUN", "--layers", "9,13"], "--layers 9,13 is outside 1 to 12"),
+    (["RUN", "--split", "probe"], "heads are trained on it; give test, val or train"),
+    (["RUN", "--train", "1"], "one training picture is too few"),
+    (["RUN", "nowhere"], "^error: no checkpoint at nowhere"),
+    (["RUN", "--crop", "32"], "scenes has no use for --crop"),
+    (["RUN", "--data", "nyu", "--train", "9"], "nyu has no use for --train"),
+    (["RUN", "--data", "imagefolder", "--flip"], "imagefolder has no use for --flip"),
+    (["RUN", "--data", "cifar10", "--crop", "8"], "cifar10 has no use for --crop"),
+    (["RUN", "--root", "."], "--root: Scenes lie in no folder"),
+    (["RUN", "--tasks", "knn", "--flip"], "scenes has no use for --flip with --tasks knn"),
+    (["RUN", "--tasks", "knn", "--save-pictures", "1"], "--save-pictures draws what seg and depth predict"),
+    (["RUN", "RUN"], "results of two of these would go to .*a; rename one"),
+    (["RUN", "--data", "pairs", "--tasks", "seg", "--unit", "2"], "pairs has no use for --unit with --tasks seg"),
+    (["RUN", "--download"], "scenes cannot be fetched, only voc, pets, imagenette, cifar10; "
+     "leave out --download"),
+    (["RUN", "--device", "cuda"], "torch sees no GPU"),
+    (["RUN", "--data", "voc"], "there is no|wants in --root data/voc")])
 def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=words) as caught:
@@ -397,7 +409,8 @@ def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--train", "1000000"], "1,001,000 Scenes of 64 px would take about .* GiB, and there are 8; lower --train, --test or --image-size"),
     (["--image-size", "16384", "--train", "2", "--test", "2"], "4 Scenes of 16384 px would"),
-    (["--batch-size", "65536", "--layers", "12"], "a batch of 65536 pictures of 64 x 64 px would take .* lower --image-size, --crop or --batch-size")])
+    (["--batch-size", "65536", "--layers", "12"],
+     "a batch of 65536 pictures of 64 x 64 px would take .* lower --image-size, --crop or --batch-size")])
 def test_what_the_machine_has_no_memory_for_is_not_begun(runs, monkeypatch, flags, words):
     small = Scenes("probe", 64)(torch.arange(2))
     split = eval_dense.Pictures(memory=small, classes=Scenes.classes, labels=Scenes.labels)
@@ -479,7 +492,8 @@ def test_a_damaged_eval_json_is_named_and_kept(runs, capsys):
     file.unlink()
 
 
-@pytest.mark.parametrize("flags", [["--iterations", "0"], ["--batch-size", "-1"], ["--train", "0"], ["--lr", "x"], ["--image-size", "-8"], ["--tasks", ","]])
+@pytest.mark.parametrize("flags", [["--iterations", "0"], ["--batch-size", "-1"], ["--train", "0"],
+                                   ["--lr", "x"], ["--image-size", "-8"], ["--tasks", ","]])
 def test_numbers_out_of_range(flags, capsys):
     with pytest.raises(SystemExit):
         eval_dense.main(["runs/a", *flags])
@@ -494,7 +508,8 @@ def test_tasks_that_a_set_cannot_do(tmp_path):
     assert "rmse" in result and "miou" not in result
     at = tree(tmp_path / "u")
     (at / "depth/val").rename(at / "depth/test")
-    with pytest.raises(ValueError, match="8 of 24 files are missing, as .*depth/val/0.png"):  # half of it is no mistake to pass over
+    # half of it is no mistake to pass over
+    with pytest.raises(ValueError, match="8 of 24 files are missing, as .*depth/val/0.png"):
         eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, iterations=5))
 
 
@@ -622,7 +637,8 @@ def test_pets_have_maps_and_breeds(fetched_sets):
         eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), replace(p, image_size=0))
 
 
-@pytest.mark.parametrize("data, labels", [("imagenette", ("tench", "English springer")), ("cifar10", ("dark", "bright"))])
+@pytest.mark.parametrize("data, labels", [("imagenette", ("tench", "English springer")),
+                                          ("cifar10", ("dark", "bright"))])
 def test_sets_of_labelled_pictures(fetched_sets, data, labels):
     first, test = opened(data, fetched_sets, image_size=16)
     assert first.labels == test.labels == labels and first[0]["image"].shape == (3, 16, 16)
@@ -630,7 +646,8 @@ def test_sets_of_labelled_pictures(fetched_sets, data, labels):
     assert result["linear"] == result["knn"] == 100 and "miou" not in result
 
 
-@pytest.mark.parametrize("data, module", [("voc", "voc"), ("pets", "oxford_iiit_pet"), ("imagenette", "imagenette"), ("cifar10", "cifar")])
+@pytest.mark.parametrize("data, module", [("voc", "voc"), ("pets", "oxford_iiit_pet"),
+                                          ("imagenette", "imagenette"), ("cifar10", "cifar")])
 def test_download_reaches_torchvision(fetched_sets, tmp_path, monkeypatch, data, module):
     there, empty, urls = fetched_sets, tmp_path / "empty", []
     with pytest.raises(ValueError, match=f"not there, or not whole; --data {data} wants.*; --download fetches it, .* GB$"):
@@ -722,13 +739,16 @@ def broken(at, what):
 
 @pytest.mark.parametrize("what, words", [
     ("no mask", "1 of 72 files are missing, as .*masks/train/3.png"),
-    ("beyond", "masks/val/1.png has class 9, but the set has only 4"), ("rgb", "masks/val/1.png must be an 8-bit index PNG, but its mode is RGB"),
+    ("beyond", "masks/val/1.png has class 9, but the set has only 4"),
+    ("rgb", "masks/val/1.png must be an 8-bit index PNG, but its mode is RGB"),
     ("8 bit depth", "depth/train/0.png must be a 16-bit grey PNG"), ("truncated", "cannot read .*images/val/1.png"),
     ("no depth", "no picture has valid depth.*depth/val/0.png"), ("mask size", "masks/val/1.png has .16, 48. pixels"),
     ("sizes", r"images/train/5.png|several sizes"), ("empty", "no picture in split val"),
     ("black and white", "no mask in .*masks/train has another class than 0, as 255 means ignored; in black and white masks make 255 a 1"),
     ("full depth", "no file in .*depth/train has a depth, from 1 to 65534"),
-    ("names 0\tred\n0\tblue", "classes.txt: in '0.tblue', 0 must be a number from 0 to 254, each once"), ("names red\tblue", "red must be a number")])
+    ("names 0\tred\n0\tblue",
+     "classes.txt: in '0.tblue', 0 must be a number from 0 to 254, each once"),
+    ("names red\tblue", "red must be a number")])
 def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, words):
     workers = int(what == "truncated")  # one with: it makes no difference, and takes five seconds to leave
     at = tree(tmp_path / "t")
@@ -776,9 +796,11 @@ def test_every_number_has_a_range(flag, capsys):
 
 
 def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
-    """Start a script as a user does, in a session of its own, send its processes a signal; what it said, its code and the seconds that took."""
+    """Start a script as a user does, in a session of its own, send its processes a signal; what it
+    said, its code and the seconds that took."""
     job = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, start_new_session=True, cwd=cwd, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+                           stderr=subprocess.PIPE, start_new_session=True, cwd=cwd,
+                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     said = b""
     while wait not in said and (more := os.read(job.stderr.fileno(), 1000)):
         said += more
@@ -793,7 +815,8 @@ def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
 def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, number, data):
     shutil.copytree(runs / "a", tmp_path / "a")
     (tmp_path / "a/eval.json").write_text("{}")
-    flags = ["--root", tree(tmp_path / "t"), "--workers", 1, "--crop", 16] if data == "pairs" else ["--tasks", "seg", "--train", 50, "--test", 50]
+    flags = (["--root", tree(tmp_path / "t"), "--workers", 1, "--crop", 16] if data == "pairs"
+             else ["--tasks", "seg", "--train", 50, "--test", 50])
     said, code, seconds = leave(number, tmp_path / "a", "--data", data, "--iterations", 10**6, *flags, cwd=tmp_path)
     assert code == 128 + number and "Traceback" not in said and seconds < 20
     assert said.splitlines()[-1].strip().endswith(f"stopped by {number.name}; what was finished is kept")
@@ -824,7 +847,9 @@ def test_a_bad_picture_in_a_process_that_reads_ends_it_at_once(tmp_path, runs, d
         (tmp_path / "t/train/c0/4.jpg").write_text("no picture")
         flags = ["--image-size", 16]
     start = time.time()
-    done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), "--data", data, "--root", str(tmp_path / "t"), "--workers", "2", *map(str, flags)],
+    done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"),
+                           "--data", data, "--root", str(tmp_path / "t"), "--workers", "2",
+                           *map(str, flags)],
                           capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1 and time.time() - start < 25 and "Traceback" not in done.stderr and "Alarm" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
@@ -834,7 +859,9 @@ def test_a_bad_picture_in_a_process_that_reads_ends_it_at_once(tmp_path, runs, d
 def test_a_full_stdout_is_one_line(tmp_path, runs):
     shutil.copytree(runs / "a", tmp_path / "a")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=full, stderr=subprocess.PIPE, text=True,
+        done = subprocess.run([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"),
+                               *FEW[:4], "--tasks", "knn"],
+                              stdout=full, stderr=subprocess.PIPE, text=True,
                               env=os.environ | {"PYTHONUNBUFFERED": ""})  # or each print would fail by itself
     assert done.returncode == 1 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "error: No space left on device" in done.stderr and (tmp_path / "a/eval.json").exists()
@@ -878,7 +905,8 @@ def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs, monke
     shutil.copytree(runs / "a", tmp_path / "a")
     for place in ("here", "there"):
         tree(tmp_path / place / "set", kinds=("masks",), train=4, val=2)
-    flags = [str(tmp_path / "a"), "--data", "pairs", "--iterations", "2", "--batch-size", "2", "--workers", "0", "--root"]
+    flags = [str(tmp_path / "a"), "--data", "pairs", "--iterations", "2", "--batch-size", "2",
+             "--workers", "0", "--root"]
     eval_dense.main([*flags, str(tmp_path / "here/set")])
     before = (tmp_path / "a/eval.json").read_text()
     with pytest.raises(SystemExit, match="has 'teacher pairs set .*' of .*here/set, another folder of that name, already; rename one"):
@@ -891,7 +919,8 @@ def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs, monke
 
 def test_a_batch_of_a_single_patch_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a batch of a single patch has no variance.*raise --batch-size"):
-        eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t", size=(16, 16))), replace(SHORT, batch_size=1, image_size=8))
+        eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t", size=(16, 16))),
+                            replace(SHORT, batch_size=1, image_size=8))
 
 
 def test_pairs_whose_halves_do_not_match_are_refused(tmp_path):
@@ -918,7 +947,8 @@ def test_a_damaged_log_is_named(tmp_path, text):
 
 def test_a_reader_that_has_seen_enough_loses_no_result(tmp_path, runs):
     shutil.copytree(runs / "a", tmp_path / "a")
-    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"), *FEW[:4], "--tasks", "knn"], stdout=subprocess.PIPE,
+    job = subprocess.Popen([sys.executable, str(ROOT / "eval_dense.py"), str(tmp_path / "a"),
+                            *FEW[:4], "--tasks", "knn"], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     job.stdout.close()
     said = job.communicate(timeout=120)[1].decode()
@@ -929,8 +959,10 @@ def test_a_reader_that_has_seen_enough_loses_no_result(tmp_path, runs):
 @pytest.mark.parametrize("err, words", [
     (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a process that reads files has died"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-    (MemoryError(), "out of memory"), (OSError(28, "No space left on device", "f.json"), "No space left on device: f.json"),
-    (RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "another process of this run has ended"),
+    (MemoryError(), "out of memory"),
+    (OSError(28, "No space left on device", "f.json"), "No space left on device: f.json"),
+    (RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"),
+     "another process of this run has ended"),
     (ValueError("Caught ValueError in worker\nTraceback\nValueError: p.jpg is broken"), "error: p.jpg is broken")])
 def test_what_the_machine_did_is_one_line(err, words):
     with pytest.raises(SystemExit) as caught, eval_dense.one_line():
@@ -967,5 +999,6 @@ def test_pictures_of_several_sizes_are_fine_with_crops(tmp_path):
     for kind, mode in (("images", "RGB"), ("masks", "L"), ("depth", "I;16")):
         for split in ("train", "val"):
             save_map(at / f"{kind}/{split}/5.png", 1, mode, (56, 40))
-    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, crop=32, window=32, iterations=20))
+    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(at),
+                                           replace(SHORT, crop=32, window=32, iterations=20))
     assert stats["counts"][5].sum() == 56 * 40 and result["protocol"]["test"] == 8

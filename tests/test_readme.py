@@ -73,7 +73,8 @@ def test_the_shapes_it_shows_are_those_that_come_out(tmp_path, monkeypatch):
     args = train.parse(["--scale", "nano", "--device", "cpu"])
     network = train.Network(args)
     (tmp_path / "runs/plain").mkdir(parents=True)
-    torch.save({"model": vars(network.backbone.config), "args": {"seed": 0}, "teacher": network.state_dict()}, "runs/plain/last.pt")
+    torch.save({"model": vars(network.backbone.config), "args": {"seed": 0},
+                "teacher": network.state_dict()}, "runs/plain/last.pt")
     torch.save(clsspec.ViT(clsspec.config("small", patch=14, image_size=28)).state_dict(), "dinov2_vits14_pretrain.pth")
     Image.new("RGB", (300, 225)).save("photo.jpg")
     names = {}
@@ -81,5 +82,6 @@ def test_the_shapes_it_shows_are_those_that_come_out(tmp_path, monkeypatch):
         exec(snippet, names)
     assert (tuple(names["out"]["cls"].shape), tuple(names["out"]["patches"].shape)) == ((2, 64), (2, 36, 64))
     assert "# (2, 64), (2, 36, 64)" in README and names["model"].config.spec_blocks == 4
-    assert (tuple(names["features"]["cls"].shape), tuple(names["features"]["patches"].shape)) == ((1, 384), (1, 16 * 21, 384))
+    assert (tuple(names["features"]["cls"].shape),
+            tuple(names["features"]["patches"].shape)) == ((1, 384), (1, 16 * 21, 384))
     assert clsspec.load("specialised.pt").config == names["model"].config

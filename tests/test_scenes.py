@@ -58,7 +58,8 @@ def rays(scene, size):
     """Direction of each pixel of one scene, by rotation matrices in float64: {(row, column): (x, y, z)}."""
     tan, pitch, roll = (scene[k].item() for k in ("tan", "pitch", "roll"))
     R = torch.tensor([[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]], dtype=F64)
-    P = torch.tensor([[1, 0, 0], [0, math.cos(pitch), -math.sin(pitch)], [0, math.sin(pitch), math.cos(pitch)]], dtype=F64)
+    P = torch.tensor([[1, 0, 0], [0, math.cos(pitch), -math.sin(pitch)],
+                      [0, math.sin(pitch), math.cos(pitch)]], dtype=F64)
     centre = lambda k: (2 * k + 1) / size - 1
     return {(i, j): (P @ R @ torch.tensor([tan * centre(j), -tan * centre(i), 1.0], dtype=F64)).tolist()
             for i in range(size) for j in range(size)}
@@ -179,7 +180,8 @@ def test_colours_of_classes_and_depth():
 
 
 def test_a_sheet_has_its_tiles_titles_and_legends(tmp_path, monkeypatch):
-    rows = {"picture": [torch.ones(3, 8, 8) * torch.tensor([1.0, 0, 0])[:, None, None]] * 3, "true depth": [torch.zeros(3, 8, 16)]}
+    rows = {"picture": [torch.ones(3, 8, 8) * torch.tensor([1.0, 0, 0])[:, None, None]] * 3,
+            "true depth": [torch.zeros(3, 8, 16)]}
     words = []
     real = scenes.ImageDraw.ImageDraw.text
     monkeypatch.setattr(scenes.ImageDraw.ImageDraw, "text", lambda self, at, word, *rest: words.append(word) or real(self, at, word, *rest))

@@ -107,13 +107,15 @@ def test_every_run_of_the_plan_has_flags_that_train_takes(tmp_path, scale):
 
 
 def test_a_line_says_how_far_apart_the_copies_are(tmp_path):
-    student, teacher = (clsspec.ViT(clsspec.config("nano", spec=("norms", "qkv"), spec_blocks=2, image_size=48)) for _ in range(2))
+    student, teacher = (clsspec.ViT(clsspec.config("nano", spec=("norms", "qkv"), spec_blocks=2,
+                                                   image_size=48)) for _ in range(2))
     for i, block in enumerate(teacher.blocks):
         block.norm1.cls.weight.data += 0.1 * i  # weights are 1 at first, so 0 to 1.1 of what they are
     for block, factor in zip(teacher.blocks, (3, 2)):
         block.attn.qkv.cls.weight.data = factor * block.attn.qkv.patch.weight.data
     assert study.copies(tmp_path) == {}
-    torch.save({name: {f"backbone.{k}": v for k, v in vit.state_dict().items()} for name, vit in (("student", student), ("teacher", teacher))},
+    torch.save({name: {f"backbone.{k}": v for k, v in vit.state_dict().items()}
+                for name, vit in (("student", student), ("teacher", teacher))},
                tmp_path / "last.pt")
     assert study.copies(tmp_path) == {"norm1": 0.55, "norm2": 0.0, "qkv": 1.5}
     (tmp_path / "config.json").write_text("{}")
@@ -127,7 +129,8 @@ def test_a_run_of_other_flags_is_not_taken_for_an_arms(small, monkeypatch):
     small("--tables")
     for others in ("--spec norms,qkv", ""):  # of which the second is part of the first's command
         monkeypatch.setitem(study.ARMS, "best", study.Arm(others, "best"))
-        with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm has: python train.py --scale nano --spec norms --seed"):
+        with pytest.raises(SystemExit, match="scenes-best-10[01] was made with other flags than its arm "
+                                             "has: python train.py --scale nano --spec norms --seed"):
             small("--tables")
 
 
@@ -144,7 +147,8 @@ def test_what_a_doubling_of_the_copies_rate_changes(small, monkeypatch, capsys):
     small("--tables")
     said = "\n| mIoU % ↑ | 2 | +2.00 [+0.73, +3.27] | +2.00 [+0.73, +3.27] | +3.17 [+1.16, +5.18] | +4.64"  # 12.706 * 0.1 and more
     assert said in capsys.readouterr().out
-    small.rewrite([d for d in lines if d["run"] != "scenes-qkv4-k3-40"])  # then of seed 40 it is that of eight blocks alone
+    # then of seed 40 it is that of eight blocks alone
+    small.rewrite([d for d in lines if d["run"] != "scenes-qkv4-k3-40"])
     small("--tables")
     assert said in capsys.readouterr().out
 
@@ -185,7 +189,8 @@ def test_it_does_what_is_left_and_compares(small, capsys):
     table = rows(text)
     assert table["arm, control"] == ["seeds", "mIoU % ↑", "RMSE m ↓", "Tiny ImageNet k-NN % ↑", "cosine after norms",
                                            "the same, Tiny ImageNet", "keys, patches"]
-    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "8.50 ± 0.00", "50.625 ± 0.354", "50.625 ± 0.354", "25.3 ± 0.0"]
+    assert table["plain"] == ["100–101 (2)", "130.50 ± 0.71", "1.500 ± 0.000", "8.50 ± 0.00",
+                              "50.625 ± 0.354", "50.625 ± 0.354", "25.3 ± 0.0"]
     assert table["untrained"] == ["100–101 (2)", "9.00 ± 0.00", "", "", "", "", ""]
     assert table["norms<br>minus plain"][1] == "131.50 ± 0.71<br>+1.00 [+1.00, +1.00]"
     assert all(line["cpu"] == study.cpu() != "" for line in lines)
@@ -208,14 +213,17 @@ def test_it_goes_on_where_the_folders_of_what_is_done_are_not(small, tmp_path, c
 
 
 def test_p_values_and_their_correction():
-    for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0), (-2.571, 5, 0.05)):  # of tables
+    # of tables
+    for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0),
+                          (-2.571, 5, 0.05)):
         assert tables.p_value(t, freedom) == pytest.approx(p, abs=2e-4)
     assert tables.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert tables.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0]) and tables.holm([]) == []
 
 
 def test_claims_are_those_of_the_plan_and_corrected_for_their_number(small, monkeypatch, capsys):
-    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "qkv8-k3"), (100, 101, 102)), ("scenes", ("plain", "norms"), (40, 41))])
+    monkeypatch.setattr(study, "PLAN", [("scenes", ("plain", "norms", "qkv8-k3"), (100, 101, 102)),
+                                        ("scenes", ("plain", "norms"), (40, 41))])
     lines = small("--workers", 2)
     for d in lines:
         d["results"]["teacher scenes"]["miou"] += {0: 0.05, 1: 0, 2: -0.05}.get(d["seed"] % 10, 0) * (d["arm"] == "norms")
@@ -351,12 +359,15 @@ def test_arms_are_compared_with_their_own_control(small, monkeypatch, capsys):
     small("--tables")
     table = rows(capsys.readouterr().out)
     assert table["norms, qkv in 8 blocks, batch 128<br>minus plain, batch 128"][1].endswith("+5.00 [+5.00, +5.00]")
-    assert table["norms, qkv in 8 blocks<br>minus plain"][1].endswith("-21.00 [-21.00, -21.00]") and table["plain, batch 128"][1] == "20.00 ± 0.00"
+    assert (table["norms, qkv in 8 blocks<br>minus plain"][1].endswith("-21.00 [-21.00, -21.00]")
+            and table["plain, batch 128"][1] == "20.00 ± 0.00")
 
 
 def test_late_probes_are_compared_with_those_half_way():
     def probes(last, fall):  # the middle sixth 30 +- 1, from five sixths on 30 +- 1 less `fall`; else anything
-        return [{"step": step, "miou": 30 + (step // 500 % 3 - 1) - fall * (step > 4500) + 9 * (step == 4000), "rmse": 1.0, "knn": 2.0}
+        return [{"step": step,
+                 "miou": 30 + (step // 500 % 3 - 1) - fall * (step > 4500) + 9 * (step == 4000),
+                 "rmse": 1.0, "knn": 2.0}
                 for step in range(500, last + 1, 500)]
 
     assert tables.drift(probes(6000, 4)) == {"miou": -4, "rmse": 0, "knn": 0}
@@ -395,8 +406,10 @@ def test_the_published_tables_can_be_made(monkeypatch, capsys):
     text = capsys.readouterr().out
     table = rows(text.split("trained on Tiny ImageNet")[0])
     assert "nano, trained on Scenes, an earlier study" in text and "Claims" not in text
-    assert {"dino-entmax<br>minus dino", "qkv4-half<br>minus plain, half the rate", "registers-qkv4<br>minus registers"} <= table.keys()
-    for part in ("32.28 ± 1.51<br>-0.38 [-1.20, +0.43]", "-1.67 [-2.27, -1.07]", "0.420 ± 0.051", "wide<br>minus plain", "31.60 ± 1.58"):
+    assert {"dino-entmax<br>minus dino", "qkv4-half<br>minus plain, half the rate",
+            "registers-qkv4<br>minus registers"} <= table.keys()
+    for part in ("32.28 ± 1.51<br>-0.38 [-1.20, +0.43]", "-1.67 [-2.27, -1.07]", "0.420 ± 0.051",
+                 "wide<br>minus plain", "31.60 ± 1.58"):
         assert part in str(table), part  # numbers of STUDY.md
     assert "71 runs, 20.8 hours of a core. Failed runs: none" in text
 

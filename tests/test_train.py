@@ -184,7 +184,8 @@ def test_crops_that_are_too_large_are_drawn_again_as_torchvision_does():
         train.resample = real
     ours = (sides[0] * sides[1] / 64).mean().item()
     for _ in range(4000):
-        i, j, h, w = torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, 512, 512), (0.32, 1.0), (3 / 4, 4 / 3))
+        i, j, h, w = torchvision.transforms.RandomResizedCrop.get_params(
+            torch.empty(3, 512, 512), (0.32, 1.0), (3 / 4, 4 / 3))
         seen.append(h * w / 512**2)
     assert ours == pytest.approx(sum(seen) / len(seen), abs=0.012)  # cut off instead, it is .647
 
@@ -290,7 +291,8 @@ def test_a_meter_tells_of_prototypes_that_nobody_uses():
     for centring in ("sinkhorn", "ema"):
         args, student, teacher = networks("--recipe", "dino", "--centring", centring, "--prototypes", "16")
         teacher.cls_centre[3:] += 10  # nobody gets these
-        found[centring] = train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1), None, 0.04)[1]["usage"]
+        found[centring] = train.distil(
+            args, student, teacher, *train.make_views(args, img, 0, 0, 1), None, 0.04)[1]["usage"]
     assert found["sinkhorn"] == pytest.approx(1, abs=0.02) and 0 < found["ema"] <= math.log(3) / math.log(16) + 1e-4
 
 
@@ -305,7 +307,8 @@ def test_teacher_sees_whole_global_views_only():
     seen = []
     teacher.backbone.register_forward_pre_hook(lambda m, a: seen.append(a))
     img = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
-    train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1), train.make_masks(args, 4, 8, 0, 0, 1), 0.04)
+    train.distil(args, student, teacher, *train.make_views(args, img, 0, 0, 1),
+                 train.make_masks(args, 4, 8, 0, 0, 1), 0.04)
     assert len(seen) == 1 and seen[0][0].shape == (8, 3, 32, 32) and seen[0][1] is None
 
 
@@ -326,7 +329,8 @@ def test_no_weight_decay_on_biases_norms_and_layerscale():
     heads = {f"{h}_head.{w}" for h in ("cls", "patch") for w in ("last", "mlp.0.weight", "mlp.3.weight")}
     assert decayed == {"cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight"} | heads
     in_blocks = {n.partition(".")[2].partition(".")[2] for n, group in found.items() if not group["free"] and n.startswith("blocks")}
-    assert in_blocks == {f"{n}.weight" for n in ("attn.qkv", "attn.qkv.cls", "attn.qkv.patch", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert in_blocks == {f"{n}.weight" for n in ("attn.qkv", "attn.qkv.cls", "attn.qkv.patch",
+                                                 "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert {n for n, group in found.items() if group["kind"] == "last"} == {"cls_head.last", "patch_head.last"}
 
 
@@ -343,12 +347,14 @@ def test_cls_lr_is_of_the_copies_alone():
 
 
 @pytest.mark.parametrize("flags, largest", [
-    (["--hidden", "131072", "--head-layers", "3", "--no-separate-head"], "weights and optimiser"), (["--prototypes", "16777216", "--bottleneck", "1", "--no-separate-head"], "logits"),
+    (["--hidden", "131072", "--head-layers", "3", "--no-separate-head"], "weights and optimiser"),
+    (["--prototypes", "16777216", "--bottleneck", "1", "--no-separate-head"], "logits"),
     (["--batch-size", "16384", "--pictures", "16384"], "activations"), (["--pictures", "9000000"], "pictures")])
 def test_what_the_machine_has_no_memory_for_is_not_begun(flags, largest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_dense, "machine_gib", lambda device: 8.0)
     monkeypatch.setattr(train, "RunFolder", lambda *_: pytest.fail("it was begun"))
-    with pytest.raises(SystemExit, match=f"^error: this would take about [0-9]+ GiB, and there are 8; {largest} are [0-9]+ of it: .*--[a-z]*.*; --dry-run"):
+    with pytest.raises(SystemExit, match=f"^error: this would take about [0-9]+ GiB, and there are 8; "
+                                         f"{largest} are [0-9]+ of it: .*--[a-z]*.*; --dry-run"):
         train.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
     train.main([*QUICK, *flags, "--dry-run"])
     assert re.search("memory .* GiB a process, about, of 8.0 here: ", capsys.readouterr().out)
@@ -357,7 +363,8 @@ def test_what_the_machine_has_no_memory_for_is_not_begun(flags, largest, tmp_pat
 @pytest.mark.parametrize("data, name", [("pets", "Abyssinian"), ("cifar10", "dark"), ("voc", "")])
 def test_sets_by_name(fetched_sets, data, name, tmp_path, capsys):
     flags = [f for f in QUICK if f != "--no-probe"]
-    train.main([*flags, "--data", data, "--root", str(fetched_sets), "--out", str(tmp_path / "run"), "--workers", "0", "--probe" if name else "--no-probe"])
+    train.main([*flags, "--data", data, "--root", str(fetched_sets), "--out", str(tmp_path / "run"),
+                "--workers", "0", "--probe" if name else "--no-probe"])
     said = capsys.readouterr().out
     assert (tmp_path / "run/last.pt").exists() and ("k-NN by [CLS]: every tenth of" in said) == bool(name)
     folder = train.Folder(data, 32, str(fetched_sets))
@@ -373,11 +380,16 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--spec", "norms", "qkv"], "unrecognized arguments: qkv (a list is joined by commas"), (["--spce", "qkv"], "unrecognized arguments: --spce qkv;"),
-    (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"), (["--spec", ","], "argument --spec: names nothing"),
-    (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"), (["--root", "x"], "argument --root: is for sets by name"),
-    (["--bench", "1", "--resume"], "argument --bench: times steps of noise"), (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
-    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"), (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised"),
+    (["--spec", "norms", "qkv"], "unrecognized arguments: qkv (a list is joined by commas"),
+    (["--spce", "qkv"], "unrecognized arguments: --spce qkv;"),
+    (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"),
+    (["--spec", ","], "argument --spec: names nothing"),
+    (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"),
+    (["--root", "x"], "argument --root: is for sets by name"),
+    (["--bench", "1", "--resume"], "argument --bench: times steps of noise"),
+    (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
+    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"),
+    (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised"),
     (["--seed", str(10**10 + 1)], "argument --seed: 10000000001 is outside 0 to")])
 def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
@@ -388,8 +400,10 @@ def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
 
 def test_flags_that_specialise_nothing_are_refused(tmp_path):
     run(tmp_path / "a", "--steps", 1)
-    for flags, words in ((["--cls-lr", 3], "--cls-lr: of no use where --spec is left out"), (["--spec-init", "fresh", "--spec-blocks", 3], "--spec-init and --spec-blocks: of no use"),
-                         (["--spec", "norms", "--spec-blocks", 2], "--spec-blocks: of no use where --spec is norms"), (["--spec", "norms", "--spec-where", "last"], "--spec-where")):
+    for flags, words in ((["--cls-lr", 3], "--cls-lr: of no use where --spec is left out"),
+                         (["--spec-init", "fresh", "--spec-blocks", 3], "--spec-init and --spec-blocks: of no use"),
+                         (["--spec", "norms", "--spec-blocks", 2], "--spec-blocks: of no use where --spec is norms"),
+                         (["--spec", "norms", "--spec-where", "last"], "--spec-where")):
         for start in ([], ["--init", tmp_path / "a"]):
             assert words in error(*start, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -399,18 +413,22 @@ def test_fresh_copies_of_given_weights_leave_the_heads_as_the_controls(tmp_path)
     run(tmp_path / "a", "--steps", 1)
     flags = [*QUICK, "--init", str(tmp_path / "a/last.pt"), "--lr", "0", "--steps", "1", "--wd", "0"]
     students = {}
-    for name, more in (("plain", []), ("fresh", ["--spec", "norms,qkv", "--spec-init", "fresh"]), ("rank", ["--spec", "norms,qkv", "--spec-rank", "2"])):
+    for name, more in (("plain", []), ("fresh", ["--spec", "norms,qkv", "--spec-init", "fresh"]),
+                       ("rank", ["--spec", "norms,qkv", "--spec-rank", "2"])):
         train.main([*flags, *more, "--out", str(tmp_path / name)])
         students[name] = torch.load(tmp_path / name / "last.pt", weights_only=True)["student"]
         start = clsspec.load(tmp_path / name / "last.pt", "untrained").state_dict()
         assert all(torch.equal(students[name][f"backbone.{key}"], v) for key, v in start.items()), name
     heads = [key for key in students["plain"] if "head" in key]
     assert heads and all(torch.equal(students["plain"][key], students[name][key]) for name in students for key in heads)
-    assert not torch.equal(students["fresh"]["backbone.blocks.0.attn.qkv.cls.weight"], students["fresh"]["backbone.blocks.0.attn.qkv.patch.weight"])
+    assert not torch.equal(students["fresh"]["backbone.blocks.0.attn.qkv.cls.weight"],
+                           students["fresh"]["backbone.blocks.0.attn.qkv.patch.weight"])
 
 
 def test_a_stale_environment_of_torchrun_is_said(monkeypatch, tmp_path):
-    for rank, ranks, words in (("3", "", "RANK 3 of WORLD_SIZE 1"), ("", "0", "RANK 0 of WORLD_SIZE 1|RANK 0 of WORLD_SIZE 0"), ("x", "1", "'x'")):
+    for rank, ranks, words in (("3", "", "RANK 3 of WORLD_SIZE 1"),
+                               ("", "0", "RANK 0 of WORLD_SIZE 1|RANK 0 of WORLD_SIZE 0"),
+                               ("x", "1", "'x'")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", ranks)
         assert re.search(words, error("--out", tmp_path / "a"))
@@ -420,7 +438,8 @@ def test_a_resumed_run_sees_the_same_pictures(tmp_path):
     pictures(tmp_path / "set")
     flags = ["--data", tmp_path / "set", "--out", tmp_path / "a", "--workers", 0]
     run(tmp_path / "a", *flags[:2], "--workers", 0)
-    run(tmp_path / "a", "--data", f"{tmp_path}/set/", "--workers", 0, "--resume", "--steps", 5)  # written in another way
+    # written in another way
+    run(tmp_path / "a", "--data", f"{tmp_path}/set/", "--workers", 0, "--resume", "--steps", 5)
     (tmp_path / "set").rename(tmp_path / "moved")
     flags[1] = tmp_path / "moved"
     assert run(tmp_path / "a", *flags[:2], "--workers", 0, "--resume", "--steps", 6)["step"] == 6
@@ -457,8 +476,10 @@ def test_a_dry_run_looks_at_its_pictures_and_fetches_none(tmp_path, capsys, monk
     train.main([*QUICK, "--recipe", "deit3", "--data", str(tmp_path / "set"), "--dry-run"])
     assert "3 classes" in capsys.readouterr().out
     assert "neither 'scenes', nor a folder" in error("--data", tmp_path / "none", "--dry-run")
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", lambda *_, **__: pytest.fail("it fetches"))
-    assert "--download fetches it, 0.2 GB" in error("--data", "cifar10", "--root", tmp_path / "c", "--download", "--dry-run")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive",
+                        lambda *_, **__: pytest.fail("it fetches"))
+    assert "--download fetches it, 0.2 GB" in error("--data", "cifar10", "--root", tmp_path / "c",
+                                                    "--download", "--dry-run")
 
 
 def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):
@@ -522,7 +543,8 @@ def test_three_augment_does_one_of_three():
 def test_jitter_of_three_augment_is_brightness_contrast_saturation():
     img = torch.full((2, 3, 8, 8), 0.25)
     img[:, 0] = 0.5
-    u = plain_u(2, c1=0.5, c12=0.5, c7=0.99, c8=torch.tensor([1.0, 0.5]), c9=0.5, c10=0.5, c11=1.0)  # c11 would turn the hue
+    # c11 would turn the hue
+    u = plain_u(2, c1=0.5, c12=0.5, c7=0.99, c8=torch.tensor([1.0, 0.5]), c9=0.5, c10=0.5, c11=1.0)
     out = train.view(img, u, 8, (1.0, 1.0), 0.0, 0.0, 2.0, three=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     bright, same = out * std + mean
@@ -564,7 +586,8 @@ def test_supervised_loss_and_top1():
     ([], "dinov2-nano-plain-s0"), (["--spec", "norms,qkv", "--seed", "3"], "dinov2-nano-norms-qkv-s3"),
     (["--spec", "qkv", "--spec-blocks", "8", "--data", "at/photos"], "dinov2-nano-photos-qkv-8blocks-s0"),
     (["--recipe", "dino", "--init", "at/weights.pth"], "dino-nano-weights-s0"),
-    (["--data", "imagenet/train"], "dinov2-nano-imagenet-train-plain-s0"), (["--init", "runs/mine/last.pt"], "dinov2-nano-mine-s0"),
+    (["--data", "imagenet/train"], "dinov2-nano-imagenet-train-plain-s0"),
+    (["--init", "runs/mine/last.pt"], "dinov2-nano-mine-s0"),
     (["--init", "hub/model.safetensors", "--data", "a/list.txt"], "dinov2-nano-hub-list-s0")], ids=str)
 def test_name_of_a_run(flags, name):
     assert train.parse(["--scale", "nano", *flags]).out == Path("runs") / name
@@ -577,8 +600,10 @@ def test_defaults_are_those_of_the_device_that_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("able, width, flags, expected", [
-    ((), 384, [], "fp32"), (("_is_avx512_bf16_supported",), 384, [], "bf16"), (("_is_amx_tile_supported",), 384, [], "bf16"),
-    (("_is_avx512_bf16_supported",), 192, [], "fp32"), (("_is_avx512_bf16_supported",), 384, ["--precision", "fp32"], "fp32"),
+    ((), 384, [], "fp32"), (("_is_avx512_bf16_supported",), 384, [], "bf16"),
+    (("_is_amx_tile_supported",), 384, [], "bf16"),
+    (("_is_avx512_bf16_supported",), 192, [], "fp32"),
+    (("_is_avx512_bf16_supported",), 384, ["--precision", "fp32"], "fp32"),
     ((), 64, ["--precision", "bf16"], "bf16")], ids=str)
 def test_precision_is_what_pays_here(tmp_path, monkeypatch, capsys, able, width, flags, expected):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -659,7 +684,8 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
     assert config["args"]["spec"] == ["norms", "qkv"] and config["model"]["spec_blocks"] == 8 and config["torch"]
     lines = logged(tmp_path / "a")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    keys = {"step", "epoch", "loss", "dino", "ibot", "koleo", "entropy", "usage", "kl", "cls_std", "lr", "wd", "ema", "temp",
+    keys = {"step", "epoch", "loss", "dino", "ibot", "koleo", "entropy", "usage", "kl", "cls_std",
+            "lr", "wd", "ema", "temp",
             "grad_norm", "img_per_s", "peak_mb", "skipped"}
     assert keys <= lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
     model = clsspec.load(tmp_path / "a/last.pt")
@@ -669,7 +695,8 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--checkpointing"], ["--recipe", "dino"],
-                                   ["--no-separate-head"], ["--mask-share", "0"], ["--head-norm", "none"], ["--spec-init", "fresh"]])
+                                   ["--no-separate-head"], ["--mask-share", "0"],
+                                   ["--head-norm", "none"], ["--spec-init", "fresh"]])
 def test_other_ways_to_run(tmp_path, flags):
     run(tmp_path / "a", "--spec", "norms,qkv,proj,mlp,final", "--layerscale", "0.1", "--steps", 2, *flags)
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged(tmp_path / "a"))
@@ -778,7 +805,8 @@ def test_labels_of_folders_are_learnt(tmp_path):
         torchvision.transforms.v2.functional.to_pil_image(img).save(tmp_path / "set" / "abc"[i % 3] / f"deeper/{i}.png")
     folder = train.Folder(str(tmp_path / "set"), 32)
     assert list(folder.classes) == ["a", "b", "c"] and [folder[i][1] for i in (0, 8, 23)] == [0, 1, 2]
-    flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2", "--mixup", 0, "--cutmix", 0,
+    flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2",
+             "--mixup", 0, "--cutmix", 0,
              "--colour", 0, "--ema", 0.5, "--steps", 100, "--workers", 0]
     state = run(tmp_path / "r", *flags)
     lines = logged(tmp_path / "r")
@@ -794,7 +822,8 @@ def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     flags = ["--recipe", "deit3", "--drop-path", 0.2]
     whole = run(tmp_path / "whole", *flags, "--steps", 4)
     code, save = [], train.RunFolder.save
-    monkeypatch.setattr(train.RunFolder, "save", lambda self, state: (save(self, state), code.append(state["step"]), os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(train.RunFolder, "save", lambda self, state: (
+        save(self, state), code.append(state["step"]), os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(SystemExit):
         run(tmp_path / "parts", *flags, "--steps", 4, "--save-every", 2)
     monkeypatch.undo()
@@ -808,10 +837,15 @@ def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--spec", "norm"], "unknown component"), (["--spec", "qkv", "--spec-blocks", 13], "outside 0 to 12"),
-    (["--image-size", 36, "--source-size", 36], "no multiple of the patch"), (["--local-size", 18, "--dry-run"], "--local-size 18.*try 16"),
-    (["--image-size", 64], "--source-size 32 is less than --image-size 64"), (["--local-size", 18], "--local-size 18.*try 16"),
-    (["--batch-size", 17], "17 pictures is larger than the set.*has 16"), (["--batch-size", 1], "KoLeo needs a neighbour"),
-    (["--data", "nowhere"], "--data nowhere: neither"), (["--device", "cuda"], "--device cuda: torch sees no GPU"), (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])
+    (["--image-size", 36, "--source-size", 36], "no multiple of the patch"),
+    (["--local-size", 18, "--dry-run"], "--local-size 18.*try 16"),
+    (["--image-size", 64], "--source-size 32 is less than --image-size 64"),
+    (["--local-size", 18], "--local-size 18.*try 16"),
+    (["--batch-size", 17], "17 pictures is larger than the set.*has 16"),
+    (["--batch-size", 1], "KoLeo needs a neighbour"),
+    (["--data", "nowhere"], "--data nowhere: neither"),
+    (["--device", "cuda"], "--device cuda: torch sees no GPU"),
+    (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])
 def test_bad_flags_are_one_clear_line(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -874,7 +908,8 @@ def listing(folder):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "rel.txt"], "neither 'scenes', nor a folder"), (["--local-size", 17], r"--local-size 17 \(try 16\): no multiple of the patch, 8"),
+    (["--data", "rel.txt"], "neither 'scenes', nor a folder"),
+    (["--local-size", 17], r"--local-size 17 \(try 16\): no multiple of the patch, 8"),
     (["--registers", 4096, "--batch-size", 4096, "--pictures", 4096], "this would take about"),
     (["--pictures", 10**9], "pictures are 2,861"), (["--ibot", 0, "--koleo", 0, "--centring", "broken"], "")])
 def test_an_old_run_is_untouched_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, flags, words):
@@ -909,7 +944,8 @@ def test_a_folder_with_any_part_of_a_run_is_not_written_over(tmp_path, name):
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77'); f.flush(); print(1, flush=True); time.sleep(99)"
+    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "f.write('77'); f.flush(); print(1, flush=True); time.sleep(99)")
     (tmp_path / "a").mkdir()
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a/.lock")], stdout=subprocess.PIPE)
     other.stdout.readline()
@@ -992,8 +1028,10 @@ def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path, capsy
     assert "is specialised already, in another way" in error(*init, "--spec", "norms,qkv", "--spec-blocks", 8)
     run(tmp_path / "b", *init, "--spec", "norms,qkv", "--spec-blocks", 4)
     assert clsspec.load(tmp_path / "b/last.pt").config.spec_blocks == 4
-    for flags, words in ((["--spec-blocks", 2], "--spec-blocks: of no use where --spec is left out"), (["--spec-where", "last"], "--spec-where: of no use"),
-                         (["--spec-rank", 2], "--spec-rank: of no use"), (["--spec-init", "fresh"], "--spec-init: of no use")):
+    for flags, words in ((["--spec-blocks", 2], "--spec-blocks: of no use where --spec is left out"),
+                         (["--spec-where", "last"], "--spec-where: of no use"),
+                         (["--spec-rank", 2], "--spec-rank: of no use"),
+                         (["--spec-init", "fresh"], "--spec-init: of no use")):
         assert words in error(*init, *flags)
     capsys.readouterr()
     train.main([*QUICK, "--init", str(tmp_path / "a/last.pt"), "--cls-lr", "2", "--dry-run"])  # it stays what it is
@@ -1002,14 +1040,18 @@ def test_weights_that_are_specialised_in_another_way_are_refused(tmp_path, capsy
 
 
 def test_init_says_what_it_starts_from_and_not_nano(tmp_path, capsys):
-    torch.save(clsspec.ViT(clsspec.Config(width=192, depth=2, heads=3, patch=16, image_size=64)).state_dict(), tmp_path / "w.pth")
+    torch.save(clsspec.ViT(clsspec.Config(width=192, depth=2, heads=3, patch=16,
+                                          image_size=64)).state_dict(), tmp_path / "w.pth")
     flags = "--init", tmp_path / "w.pth", "--steps"
     run(tmp_path / "a", *flags, 1)
     text = capsys.readouterr().out
     assert f"next: python eval_dense.py {tmp_path / 'w.pth'} {tmp_path / 'a'} --data pairs --root LABELLED (before and after)" in text
-    assert "w.pth: ViT-Ti/16, 2 blocks, 3 heads" in text and "all 35 tensors of the backbone used" in text and "nano" not in text.replace(str(tmp_path), ""), text
+    assert ("w.pth: ViT-Ti/16, 2 blocks, 3 heads" in text
+            and "all 35 tensors of the backbone used" in text
+            and "nano" not in text.replace(str(tmp_path), "")), text
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"], config["model"]["patch"]) == (None, None, 192, 16)
+    assert (config["args"]["size"], config["args"]["patch"], config["model"]["width"],
+            config["model"]["patch"]) == (None, None, 192, 16)
     run(tmp_path / "a", *flags, 2, "--resume")
     sizes = error("--init", tmp_path / "w.pth", "--image-size", 40, "--local-size", 24, "--out", tmp_path / "b")
     assert "--image-size 40 (try 32) and --local-size 24 (try 32): no multiple of the patch, 16 px" in sizes
@@ -1063,7 +1105,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
 def test_killed_runs_leave_a_checkpoint_that_loads(tmp_path, number):
     """Signals reach all processes of a terminal or a job, those that read files too."""
     pictures(tmp_path / "set")
-    flags = [*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a", "--data", tmp_path / "set", "--workers", 2]
+    flags = [*QUICK, "--steps", 100_000, "--save-every", 1, "--out", tmp_path / "a", "--data",
+             tmp_path / "set", "--workers", 2]
     job = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
@@ -1107,7 +1150,8 @@ def test_dry_run_shows_the_papers_set_up_and_leaves_nothing(tmp_path):
 def test_bench_times_both_networks_in_turns_and_leaves_nothing(tmp_path, ranks):
     out = script(*QUICK, "--class-attn", 2, "--bench", 3, cwd=tmp_path, ranks=ranks)
     rows = {line[:14].strip(): line[14:].split() for line in out.splitlines() if "[" in line and "quartiles" not in line}
-    assert list(rows) == ["as given", "plain", "plain again", "views alone"] and rows["plain"][2:] == ["1.000", "[1.000,", "1.000]"]
+    assert (list(rows) == ["as given", "plain", "plain again", "views alone"]
+            and rows["plain"][2:] == ["1.000", "[1.000,", "1.000]"])
     ms, speed = float(rows["plain"][0]), float(rows["plain"][1])
     assert ms * speed == pytest.approx(1000 * 4 * ranks, rel=0.02)
     assert not list(tmp_path.iterdir())
@@ -1118,8 +1162,8 @@ def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(clsspec.SIZES, "nano", (64, 2, 1, 8))
     calls, real = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: calls.append((id(learner), args.attn, args.spec, rest[-3]))
-                        or real(args, learner, *rest))
+    monkeypatch.setattr(train, "train_step", lambda args, learner, *rest: (
+        calls.append((id(learner), args.attn, args.spec, rest[-3])) or real(args, learner, *rest)))
     read, counted, counter = [], [], train.FlopCounterMode
     monkeypatch.setattr(train, "peak_mb", lambda cuda: read.append(len(calls)) or 0.0)
     monkeypatch.setattr(train, "FlopCounterMode", lambda **how: counted.append(len(calls)) or counter(**how))

@@ -345,9 +345,14 @@ def run(args) -> None:
     end = time.time() + 60 * args.minutes
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each command is ended, then we
         signal.signal(number, lambda *_: STOP.set())
-    elsewhere = {name for name, line in lines.items()
-                 if "inside" in line["minutes"] and not (args.root / name).exists()}
-    wanted = [one for one in wanted if name_of(args.scale, *one) not in elsewhere]
+
+    def elsewhere(one) -> bool:
+        """Every stage is in the run's line, and there is no folder to look into."""
+        run = args.root / name_of(args.scale, *one)
+        done = lines.get(run.name, {}).get("minutes", {}).keys()
+        return not run.exists() and stages(args, run, *one).keys() <= done
+
+    wanted = [one for one in wanted if not elsewhere(one)]
     writing = threading.Lock()
 
     def take(one) -> None:

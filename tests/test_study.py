@@ -212,6 +212,19 @@ def test_it_goes_on_where_the_folders_of_what_is_done_are_not(small, tmp_path, c
     assert "plain" not in printed and printed.count("norms") == 6 and after[:2] == lines and len(after) == 4
 
 
+def test_a_line_without_all_stages_is_no_run_that_is_done(small, tmp_path, capsys):
+    lines = small("--arms", "plain")
+    for line in lines:
+        shutil.rmtree(tmp_path / "runs" / line["run"])
+    del lines[0]["minutes"]["untrained"]  # it was stopped there, and its folder is lost
+    small.rewrite(lines)
+    capsys.readouterr()
+    after = small("--arms", "plain")
+    printed = capsys.readouterr().out
+    assert printed.count("scenes-plain-100") == 4 and "plain-101" not in printed
+    assert "untrained" in after[0]["minutes"]
+
+
 def test_p_values_and_their_correction():
     # of tables
     for t, freedom, p in ((2.0, 11, 0.0708), (12.706, 1, 0.05), (2.045, 29, 0.05), (0.0, 5, 1.0),

@@ -122,6 +122,7 @@ def walk(model: ViT, img: Tensor):
         q, k, v = block.attn.queries_keys_values(normed)  # (B, H, T, d)
         if isinstance(block, clsspec.ClassBlock):
             q = q[:, :, :1]  # only [CLS] asks
+        # Fused attention, which training uses where it pays, would not show them.
         weights = block.attn.weights(q, k)  # (B, H, queries, keys)
         mixed = rearrange(weights @ v, "b h t d -> b t (h d)")
         branch = block.ls1(block.attn.proj(mixed))
@@ -248,6 +249,7 @@ def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
                 if step.attention is None and keep.__name__ not in FINAL:
                     continue  # the final norm is no block
                 for name, value in keep(step).items():
+                    # Off the GPU, whose memory the next batch wants.
                     kept[keep.__name__, name][i].append(value.cpu())
     out = defaultdict(dict)
     for (function, name), blocks in kept.items():
@@ -312,6 +314,7 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
         # In medians, as lengths grow from block to block, and outliers would move a mean.
         odd = v > 3 * v.median()  # of all pictures together
         out["median"].append(v.median().item())
+        # Of thousands of patches the largest may be one odd one; a hundredth is a kind.
         out["p99"].append(v.quantile(0.99).item())
         out["largest"].append(v.max().item())
         out["outliers"].append(100 * odd.double().mean().item())
@@ -446,6 +449,7 @@ def level(value) -> float:
 def inner_side(x: Tensor, h: int) -> Tensor:
     """Features (P, h w, D) -> (P, h w) bool: the side of the first component that the border of
     the pictures has less of."""
+    # Which side is the objects' is arbitrary; objects are mostly in the middle.
     positive = rearrange(components(x, 1)[0], "p (h w) 1 -> p h w", h=h) > 0
     inner = positive[:, 1:-1, 1:-1].double().mean()
     return (positive == (inner > positive.double().mean())).flatten(1)
@@ -505,6 +509,7 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
                        for kind, part in zip(("bias", "[CLS]", "registers", "patches"), parts)
                        if part.shape[1]}
         shown = weights[:8, :, -h * w :]  # (8, H, N)
+        # Each head by its own largest, so that one that looks everywhere is seen, too.
         shown = shown / shown.amax(-1, keepdim=True).clamp(min=1e-12)
         img = s.img[:8] / 255
         for head in range(c.heads):
@@ -761,6 +766,7 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
     fig, axes = canvas(2 * n, n)
     for (model, numbers), above, below in zip(results.items(), axes[:n], axes[n:]):
         known = [math.isfinite(v) for v in numbers["before norm overlap"]]
+        # The last block in which the paper's [CLS] has a QKV of its own.
         i = max((len(known) - 1) // 3 - 1, known.index(True))
         cls, patch = (torch.tensor(numbers[f"before norm {who}"][i]) for who in ("cls", "patch"))
         ends = [patch.min(), patch.max()]

@@ -425,6 +425,7 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
     return gauss / gauss.sum(-1, keepdim=True)
 
 
+# How bright the eye finds red, green and blue (ITU-R BT.601); v -> (1, 1, 1) x v, as a matrix.
 LUMA, CROSS = (0.299, 0.587, 0.114), ((0, -1, 1), (1, 0, -1), (-1, 1, 0))
 
 
@@ -477,6 +478,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     else:
         grey, solarised = u["grey"] < 0.2 * strength, u["solarise"] < solarise * strength
         blurred = u["blur"] < blur
+        # Brightness, contrast, saturation, hue: DINO's chance and limits.
         jittered, most = u["jitter"] < 0.8, (0.4, 0.4, 0.2, 0.1)
     # DINO's are 0.1 to 2 px; 1e-2 blurs nothing, and is not 0, by which `blurring` divides.
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u["sigma"]), 1e-2)
@@ -532,6 +534,7 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
     ways += [v2.CutMix(alpha=args.cutmix, num_classes=n)] if args.cutmix else []
     if ways:
         views, targets = v2.RandomChoice(ways)(views, labels)
+    # As they are, for `top1`: a mixture has no one right class.
     clean = F.interpolate(img, (size, size), mode="bilinear", antialias=True)
     # DeiT-III: each class of a mixture is there, and is asked for by itself.
     return views, (targets > 0).float(), normalise(clean)
@@ -620,6 +623,7 @@ class BatchNorm(nn.Module):
         x = x.float()
         sums = all_sum(torch.cat([x.sum(0), x.square().sum(0), x.new_full((1,), len(x))]))
         mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        # The mean square less the squared mean: rounding can leave it a little below 0.
         return (x - mean) * ((square - mean**2).clamp(min=0) + 1e-5).rsqrt()
 
 
@@ -864,13 +868,15 @@ def make_teacher(student: Network) -> Network:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum teacher + (1 - momentum) student, in place."""
-    # Parameters alone: buffers are the centres, which are the teacher's own.
+    # Parameters alone: buffers are the centres, which are the teacher's own. One call for all, as
+    # hundreds of small ones would take longer than what they compute.
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
+    # `kinds`: parts of a name, the first that fits; what they learn at may differ.
     groups, kinds = {}, ("last", "patch_embed", "cls", "cls_head", "patch_head")
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -927,7 +933,7 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     loss = sum(terms.values())
     optimizer.zero_grad()
     loss.backward()
-    # One odd batch must not undo what many have learnt.
+    # One odd batch must not undo what many have learnt. With --clip 0 its norm is only logged.
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
     optimizer.step()
     # The teacher follows: an average of many students is mostly better than the last of them.
@@ -1028,7 +1034,7 @@ class RunFolder:
             with open(beside, "wb") as out:
                 torch.save(state, out)
                 out.flush()
-                os.fsync(out.fileno())
+                os.fsync(out.fileno())  # on the disk before the old one is given up
             self.put_away(step)
             os.replace(beside, file)
         except (OSError, RuntimeError) as err:
@@ -1316,6 +1322,8 @@ def final_table(args) -> None:
     other = "" if args.data == "scenes" else f", another world than {args.data}"
     print(f"\nWhat a linear layer reads from frozen patches (Scenes{other}):\n"
           f"{'':18}classes, mIoU % (higher is better)   depth, RMSE m (lower is better)")
+    # The untrained network, too: from features that have learnt nothing a linear layer reads two
+    # thirds of nano's mIoU. What training adds is the rest.
     read = {}
     for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
@@ -1385,6 +1393,7 @@ def run(args, rank: int, ranks: int) -> None:
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
+    # Shapes alone, without memory: whether there is enough is not known yet.
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
     args.precision = shape.precision
@@ -1501,6 +1510,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             saving = done == args.steps or done % args.save_every == 0
             found = probe(teacher.backbone) if out and probing else {}
             with signals.held():
+                # Logged first: what is not finite is found before it could be saved.
                 if logging or probing or saving:
                     log(found)
                 if saving:

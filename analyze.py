@@ -772,7 +772,7 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
         ends = [patch.min(), patch.max()]
         above.loglog(patch, cls, ".", color="#444444", alpha=0.6, label="a dimension")
         above.loglog(ends, ends, "--", color="#009E73", label="equally large")
-        above.set(title=f"{model}, block {i + 1}: mean |activation| before norm1",
+        above.set(title=f"{model}, block {i + 1}:\nmean |activation| before norm1",
                   xlabel="of patches", ylabel="of [CLS]")
         gains = {"patches": numbers["patch gain"][i], "[CLS]": numbers["cls gain"][i]}
         if gains["patches"] == gains["[CLS]"]:
@@ -781,13 +781,13 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
             below.semilogx(cls / patch, gains[who], look, color=colour, alpha=0.6, markersize=5,
                            label=f"gain for {who}")
         below.axvline(1, color="#009E73", linestyle="--", label="equally large")
-        below.set(title=f"{model}, block {i + 1}: gain of norm1, dimension by dimension",
+        below.set(title=f"{model}, block {i + 1}:\ngain of norm1, dimension by dimension",
                   xlabel="|activation| of [CLS] / that of patches", ylabel="gain")
         for ax in (above, below):
             ax.title.set_size(10)
             ax.legend(fontsize=7)
         for axis in (above.xaxis, above.yaxis, below.xaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
     fig.savefig(path, dpi=110)

@@ -301,48 +301,99 @@ HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
 
 def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:
     """A panel an outcome; in it each arm's difference to its control, of each seed and their mean
-    with its interval: a row an arm, or over the number of steps. arms: {arm: label}."""
+    with its interval: a row an arm, or over the number of steps, where a line joins the dots of a
+    seed. arms: {arm: label}."""
     fig, axes = analyze.canvas(len(SHOWN), len(SHOWN), sharey=not steps)
-    fig.set_size_inches(11, 3.2 if steps else 1.2 + 0.3 * len(arms))
+    fig.set_size_inches(11, 3.2 if steps else 1.2 + 0.4 * len(arms))
+    beside = 0.1 if steps else 0.2  # dots are beside an interval, not on it
     for ax, head in zip(axes, SHOWN):
+        dots = {}  # seed: [(arm's place, difference)]
         for i, arm in enumerate(arms):
             d = difference(group, arm, *OUTCOMES[head][:2])
             if not d:
                 continue
-            ends, at = [d["low"], d["high"]], [i, i]
-            points = [(ends, at, "k_-" if steps else "k|-"), ([d["difference"]], [i], "ko"),
-                      (d["each"].values(), [i] * d["n"], "C1.")]
-            for x, y, how in points:
+            for seed, each in d["each"].items():
+                dots.setdefault(seed, []).append((i + beside, each))
+            bar = ([d["low"], d["high"]], [i, i], "k_-" if steps else "k|-")
+            for x, y, how in (bar, ([d["difference"]], [i], "ko")):
                 ax.plot(*((y, x) if steps else (x, y)), how)
+        for found in dots.values():
+            at, each = zip(*found)
+            if steps:
+                ax.plot(at, each, "C1.-", linewidth=0.7)
+            else:
+                ax.plot(each, at, "C1.")
         ticks = dict(ticks=range(len(arms)), labels=arms.values())
         if steps:
             ax.set_xticks(**ticks)
+            ax.set_xlim(-0.3, len(arms) - 0.5)
             ax.set_xlabel("training steps")
             ax.axhline(0, color="#0072B2", linestyle="--")
         else:
             ax.set_yticks(**ticks)
             ax.set_ylim(len(arms) - 0.5, -0.5)
             ax.axvline(0, color="#0072B2", linestyle="--")
-        ax.set_title(head.replace("%", "points"), fontsize=9)
+        better = "higher" if "↑" in head else "lower"
+        ax.set_title(f"{head.split()[0]}, {head.split()[1].replace('%', 'points')} ({better} is "
+                     "better)", fontsize=9)
         ax.tick_params(labelsize=8)
     who = study.ARMS["best"].label.capitalize() if steps else "Specialised"
-    fig.suptitle(f"{who}, minus plain of the same seed. Orange: one seed. Black: mean and 95 % "
-                 "interval, each for itself. Blue: no difference.", fontsize=9)
+    orange = "a seed, joined by lines" if steps else "a seed"
+    fig.suptitle(f"{who}, minus plain of the same seed. Orange: {orange}. Black: mean and 95 % "
+                 "interval. Blue: no difference.", fontsize=9)
     fig.savefig(path, dpi=90)
 
 
-def curves(ax, group: dict, arms, points) -> None:
-    """A line an arm, the mean of its seeds, in a band of their mean ± standard deviation.
-    points(line): [(x, y)] of a run."""
-    for i, arm in enumerate(arms):
-        # (seeds, points, 2)
-        runs = torch.tensor([points(line) for line in group[arm].values()], dtype=torch.float64)
-        x, y = runs[0, :, 0], runs[..., 1]
-        middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
-        how = analyze.style(i)
-        ax.fill_between(x, middle - spread, middle + spread, color=how["color"], alpha=0.12)
-        ax.plot(x, middle, **how, linewidth=2, label=arm_of(arm).label)
+def curve(ax, i: int, x, middle, low, high, label: str) -> None:
+    """A line in a band."""
+    how = analyze.style(i)
+    ax.fill_between(x, low, high, color=how["color"], alpha=0.12)
+    ax.plot(x, middle, **how, linewidth=2, label=label)
     ax.grid(alpha=0.3)
+
+
+def draw_cosines(path: Path, group: dict, arms: list[str]) -> None:
+    """The cosine of [CLS] and patches, block by block: means over seeds; beside them the difference
+    to plain of the same seed with its interval. arms: those beside plain."""
+    fig, axes = analyze.canvas(2, 2)
+    for i, arm in enumerate(["plain", *arms]):
+        runs = group[arm]
+        cosines = torch.tensor([line["cosine by block"] for line in runs.values()]).double()
+        blocks, label = range(1, cosines.shape[1] + 1), arm_of(arm).label
+        curve(axes[0], i, blocks, cosines.mean(0), cosines.mean(0), cosines.mean(0), label)
+        pairs = {seed: torch.tensor(runs[seed]["cosine by block"]).double()
+                 - torch.tensor(group["plain"][seed]["cosine by block"]).double()
+                 for seed in runs if seed in group["plain"]}
+        if arm == "plain" or len(pairs) < 2:
+            continue
+        d = [about({seed: each[block - 1].item() for seed, each in pairs.items()})
+             for block in blocks]
+        curve(axes[1], i, blocks, *([found[key] for found in d]
+                                    for key in ("difference", "low", "high")), label)
+    axes[0].set_title("cosine of [CLS] and patches, mean of the seeds", fontsize=9)
+    axes[1].set_title("minus plain of the same seed; bands: 95 % intervals", fontsize=9)
+    axes[1].axhline(0, color="#0072B2")
+    for ax in axes:
+        ax.set_xlabel("block, after norm1 (13: after the final norm)", fontsize=9)
+    axes[0].legend(fontsize=8)
+    fig.savefig(path, dpi=90)
+
+
+def draw_online(path: Path, group: dict, arms: list[str]) -> None:
+    """The online probe over training steps: means over seeds, in bands of a standard deviation."""
+    metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
+    fig, axes = analyze.canvas(3, 3)
+    fig.set_size_inches(11, 4)
+    for (ax, (head, metric)), (i, arm) in product(zip(axes, metrics.items()), enumerate(arms)):
+        runs = [line["probes"] for line in group[arm].values()]
+        y = torch.tensor([[probe[metric] for probe in probes] for probes in runs]).double()
+        middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
+        steps = [probe["step"] for probe in runs[0]]
+        curve(ax, i, steps, middle, middle - spread, middle + spread, arm_of(arm).label)
+        ax.set(title=f"online {head}", xlabel="training step")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+               fontsize=8)
+    fig.savefig(path, dpi=90)
 
 
 def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
@@ -358,21 +409,8 @@ def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
     if long:
         draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
 
-    fig, (ax,) = analyze.canvas(1, 1)
-    arms = [arm for arm in ("plain", *there) if group[arm]]
-    curves(ax, group, arms, lambda line: [*enumerate(line["cosine by block"], 1)])
-    ax.set(ylabel="cosine of [CLS] and patches", xlabel="block, after norm1; 13: the final norm")
-    ax.legend(fontsize=8)
-    fig.savefig(file.with_name("study-cosines.png"), dpi=90)
-
+    if group["plain"]:
+        draw_cosines(file.with_name("study-cosines.png"), group, list(there))
     long = [arm for arm in study.ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
     if long:
-        metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
-        fig, axes = analyze.canvas(3, 3)
-        fig.set_size_inches(11, 4)
-        for ax, (head, metric) in zip(axes, metrics.items()):
-            curves(ax, group, long, lambda line: [
-                (probe["step"], probe[metric]) for probe in line["probes"]])
-            ax.set(title=f"online {head}", xlabel="training step")
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-        fig.savefig(file.with_name("study-online.png"), dpi=90)
+        draw_online(file.with_name("study-online.png"), group, long)

@@ -24,15 +24,17 @@ dimensions   Mean |activation| of each dimension, of [CLS] and of patches, befor
              (patches) are largest, of the gains that [CLS] (patches) pass; `gains_cosine`: of the
              two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
 norms        L2 norm of patches that leave a block; `outliers`: % of patches above three medians,
-             `on_border`: % of those in the outermost ring (ours; P1's rows with registers and
-             attention bias are about them). One sentence says the block with most of them
+             `on_border`: % of those in the outermost ring, by chance 23 of 16 x 16 patches (ours;
+             P1's rows with registers and attention bias are about them). One sentence says the
+             block with most of them
 attention    Of patches as queries: `entropy`, nats; `support`, number of keys with weight above 0;
              `distance` to the patches looked at, in patches; `to_cls`, `to_registers`, `to_bias`, %
              of the weight. Of [CLS]: `cls_entropy`, `cls_support`. A number a head; tables and
              lines are means over heads. Models on grids of other sizes do not compare. (P2)
 foreground   How well each block's patches, after the final norm, tell foreground from background:
              area under the ROC curve, 0.5 not at all, mean over pictures, of cos(patch, [CLS]),
-             `auc_cls`, and of the first principal component, the better of its two signs, `auc_pc`.
+             `auc_cls`, and of the first principal component of all pictures' patches, the better of
+             its two signs, `auc_pc`.
              Colour alone can do it: look at --network untrained, too; and a block that does it well
              may be worse in a linear probe, `eval_dense.py RUN --tasks seg --layers BLOCK`. Wants
              masks: scenes, voc, pairs; --background says what is not foreground. (P2; formulas
@@ -85,7 +87,8 @@ from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_li
                         read_log, read_picture, scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps")
-FINAL = "cosines", "dimensions"  # their last number is of the final norm, not of a block
+# Of these, lists of what is before and after norm1 end with one more number, of the final norm.
+FINAL = "cosines", "dimensions"
 POINTS = ("before norm", "after norm", "attention", "after attention")
 
 # --------------------------------------------------------------------------------------------------
@@ -126,12 +129,10 @@ def walk(model: ViT, img: Tensor):
         weights = block.attn.weights(q, k)  # (B, H, queries, keys)
         mixed = rearrange(weights @ v, "b h t d -> b t (h d)")
         branch = block.ls1(block.attn.proj(mixed))
-        # Rows that did not ask stay as they are.
-        n = branch.shape[1]
-        after = x[:, :n] + branch
-        out = after + block.ls2(block.mlp(block.norm2(after)))
-        after = torch.cat([after, x[:, n:]], dim=1)  # (B, T, D)
-        out = torch.cat([out, x[:, n:]], dim=1)
+        n, after = branch.shape[1], x.clone()  # (B, T, D); rows that did not ask stay as they are
+        after[:, :n] += branch
+        out = after.clone()
+        out[:, :n] += block.ls2(block.mlp(block.norm2(after[:, :n])))
         points = dict(zip(POINTS, (x, normed, branch, after)))
         yield Step(points, out, model.norm(out), weights, c.registers + joined, joined,
                    int(c.attn_bias), grid)
@@ -144,6 +145,14 @@ def walk(model: ViT, img: Tensor):
 # What is kept of a step: numbers of each picture, (B, ...); NaN where there is no [CLS].
 
 
+def patch_cosine(unit: Tensor) -> Tensor:
+    """Mean cosine of two different patches of a picture, of (B, N, D) of length 1: (B,)."""
+    n = unit.shape[1]
+    # The sum of all N^2 cosines is a product with the sum of unit vectors: no N x N matrix. The N
+    # of a patch with itself, 1 each, do not count.
+    return (unit.sum(1).square().sum(1) - n) / (n * (n - 1))
+
+
 def cosines(step: Step) -> dict[str, Tensor]:
     """Mean cosine of [CLS] with patches, and of patches with other patches, at each point: (B,)."""
     kept = {}
@@ -151,14 +160,10 @@ def cosines(step: Step) -> dict[str, Tensor]:
     for point, x in step.points.items():
         unit = F.normalize(x.float(), dim=-1)
         patches = unit[:, step.first :]
-        n = patches.shape[1]
-        # The sum of all cosines is a product with the sum of unit vectors: no N x N matrix.
-        total = patches.sum(1)  # (B, D)
         cls = unit[:, 0] if step.cls else math.nan
-        kept[f"{point} cls_patch"] = (cls * total).sum(1) / n
-        # Of n^2 pairs the n of a patch with itself, 1 each, do not count.
-        kept[f"{point} patch_patch"] = (total.square().sum(1) - n) / (n * (n - 1))
-    if step.attention is None:  # the final norm: of the last block that is `final` already
+        kept[f"{point} cls_patch"] = (cls * patches.sum(1)).sum(1) / patches.shape[1]
+        kept[f"{point} patch_patch"] = patch_cosine(patches)
+    if step.attention is None:  # the final norm's step: the last block's `final` is the same
         return kept
     patches = F.normalize(step.final[:, step.first :].float(), dim=-1)
     kept["shared"] = patches.mean(1).norm(dim=-1)
@@ -171,9 +176,9 @@ def cosines(step: Step) -> dict[str, Tensor]:
 
 def neighbour_excess(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches (B, N, D) -> how much more alike neighbours are than any two, in cosine: (B,)."""
-    unit, n = F.normalize(x, dim=-1), x.shape[1]
+    unit = F.normalize(x, dim=-1)
     # Taken off below: a network whose patches are all alike knows nothing of places.
-    every = (unit.sum(1).square().sum(1) - n) / (n * (n - 1))
+    every = patch_cosine(unit)
     unit = unit.unflatten(1, grid)  # (B, h, w, D)
     beside = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1).flatten(1)
     below = (unit[:, 1:] * unit[:, :-1]).sum(-1).flatten(1)
@@ -249,8 +254,9 @@ def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
                 if step.attention is None and keep.__name__ not in FINAL:
                     continue  # the final norm is no block
                 for name, value in keep(step).items():
-                    # Off the GPU, whose memory the next batch wants.
-                    kept[keep.__name__, name][i].append(value.cpu())
+                    # Off the GPU, whose memory the next batch wants; and a copy, as a slice would
+                    # hold the whole step.
+                    kept[keep.__name__, name][i].append(value.cpu().clone())
     out = defaultdict(dict)
     for (function, name), blocks in kept.items():
         # Popped one by one: the features of all blocks are large.
@@ -333,10 +339,10 @@ def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, l
     """The first k principal components (P, N, k) of features (P, N, D), fitted to all of them or to
     keep (P, N); and the % of the variance that each has."""
     x = x.double()
-    fit = x.flatten(0, 1) if keep is None else x[keep]
-    x, fit = x - fit.mean(0), fit - fit.mean(0)  # x as well: its sign is a side of that mean
+    fitted = x.flatten(0, 1) if keep is None else x[keep]
+    x, fitted = x - fitted.mean(0), fitted - fitted.mean(0)  # the sign of x is a side of that mean
     # Of D x D: that of all patches by all dimensions has the same axes, and is far larger.
-    size, axes = torch.linalg.eigh(fit.T @ fit)  # from the smallest to the largest
+    size, axes = torch.linalg.eigh(fitted.T @ fitted)  # from the smallest to the largest
     return x @ axes.flip(1)[:, :k], (100 * size.flip(0)[:k] / size.sum()).tolist()
 
 
@@ -362,8 +368,9 @@ def foreground_numbers(kept: dict, s: Subject) -> dict[str, list]:
     both = [i for i in range(len(labels)) if front[i].any() and behind[i].any()]
 
     def mean(score: Tensor) -> float:  # (P, N)
-        aucs = [auc(score[i][known[i]], front[i][known[i]]) for i in both]
-        return sum(aucs) / len(aucs) if aucs and not score.isnan().any() else math.nan
+        if score.isnan().any() or not both:
+            return math.nan
+        return sum(auc(score[i][known[i]], front[i][known[i]]) for i in both) / len(both)
 
     first = [mean(components(x, 1)[0][..., 0]) for x in kept["patches"]]
     return {"auc_cls": [mean(cosine) for cosine in kept["cosine"]],
@@ -432,6 +439,7 @@ MEASURES = {
     "degradation": (None, degradation, [
         ("teacher's online probe", UNITS[name], 3, {WORDS[name]: name}) for name in METRICS]),
 }
+# {output: names of its numbers, each a list of one a block}
 BLOCKS = {what: [key for *_, lines in panels for key in lines.values()]
           for what, (*_, panels) in MEASURES.items() if what != "degradation"}
 
@@ -579,7 +587,8 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
             own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
             flat = {}
             for key in BLOCKS.get(name.partition(" ")[0], ()):
-                # In CaiT the first blocks have no [CLS], so the mean is over those that have one.
+                # Blocks without the number do not count: CaiT's first have no [CLS], and without
+                # outliers none is on the border. The final norm's counts, where there is one.
                 known = [level(v) for v in own.get(key, ()) if not math.isnan(level(v))]
                 if known:
                     flat[key] = sum(known) / len(known)
@@ -615,8 +624,8 @@ def compare(a: str, b: str) -> dict[str, dict]:
          "the patterns, train both with equal --seed")
     differ = set()  # said beside the result: it should be what is compared, and nothing else
     for seed in seeds:
-        other = second[seed][1]
-        differ |= {flag for flag, value in first[seed][1].items() if value != other.get(flag)}
+        one, other = first[seed][1], second[seed][1]
+        differ |= {flag for flag in one.keys() | other.keys() if one.get(flag) != other.get(flag)}
     differ -= {"out", "resume", "overwrite"}  # they change no number
 
     every = [group[seed][0] for group in (first, second) for seed in seeds]
@@ -694,14 +703,15 @@ def comparison_table(a: str, b: str, found: dict) -> None:
 
 
 def style(i: int) -> dict:
-    """How the line of model i looks: 20 differ, the first four without colour, too."""
+    """How the line of model i looks: of 4 dashes and 5 colours 20 differ, the first four without
+    colour, too."""
     colours = "#0072B2", "#D55E00", "#009E73", "#444444", "#CC79A7"
     return {"linestyle": ("-", "--", ":", "-.")[i % 4], "color": colours[i % 5]}
 
 
 def canvas(panels: int, columns: int, **more):
     """A figure of matplotlib and its axes."""
-    rows = -(-panels // columns)
+    rows = math.ceil(panels / columns)
     fig = Figure(figsize=(5.2 * columns, 3.2 * rows + 0.7), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, **more).flatten()
     for ax in axes[panels:]:
@@ -721,8 +731,9 @@ def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
                 x, values = values["steps"], values["values"]
             y = [level(value) for value in values]
             known = [value for value in y if math.isfinite(value)]
-            every += known
-            if any(known) or (known and j == 0):  # 0 for registers: this model has none
+            # Zeros for a further quantity, such as registers, say that the model has none of them.
+            if any(known) or (known and j == 0):
+                every += known
                 lines.append((i, j, x, y))
     # Not exactly: rounding alone makes a cosine of 1 or a support of 257 keys vary a little.
     if not every or max(every) - min(every) <= 1e-3 * max(map(abs, every)):
@@ -797,7 +808,7 @@ def draw_gains(path: Path, results: dict[str, dict]) -> None:
 # The command.
 
 
-def fit(x: Tensor, size: int, how=TF.InterpolationMode.BILINEAR) -> Tensor:
+def middle(x: Tensor, size: int, how=TF.InterpolationMode.BILINEAR) -> Tensor:
     """(C, H, W) -> its middle, (C, size, size)."""
     return TF.center_crop(TF.resize(x, [size], how, antialias=True), [size])
 
@@ -816,9 +827,10 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
     rows = test.rows[:: max(len(test.rows) // n, 1)][:n]  # from all over the folder
     # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
     alone = rows[0].keys() <= {"image", "label"}
-    img = torch.stack([fit(read_picture(row["image"], upright=alone), size) for row in rows])
+    img = torch.stack([middle(read_picture(row["image"], upright=alone), size) for row in rows])
     nearest = TF.InterpolationMode.NEAREST_EXACT
-    masks = [fit(test.mask(row["mask"])[None], size, nearest)[0] for row in rows if "mask" in row]
+    masks = [middle(test.mask(row["mask"])[None], size, nearest)[0] for row in rows
+             if "mask" in row]
     return img, torch.stack(masks) if masks else None
 
 
@@ -917,7 +929,10 @@ def run(args) -> Path:
     if "pca" in drawn:  # all models at once, as their colours are to be alike
         results["pca"] = pca(out / "pca.png", patches, subjects)
     if "maps" in drawn:
-        results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
+        try:
+            results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
+        except ValueError as err:
+            print(f"maps: left out, {err}")
 
     for what in WHAT:
         found = results[what]
@@ -942,7 +957,7 @@ def run_compare(args) -> Path:
     comparison_table(a, b, found)
     folders = [os.path.dirname(os.path.abspath(run)) for pattern in (a, b)
                for run in glob.glob(pattern)]
-    out = Path(args.out or os.path.commonpath(folders) or ".")
+    out = Path(args.out or os.path.commonpath(folders))
     write(f"compare {a} {b}", {}, found, out)
     return out
 

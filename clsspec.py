@@ -6,8 +6,9 @@ lets them part where it pays. With x = [CLS, registers, patches], the tokens of 
 
     1. norms   LN(x) -> [LN_cls(x_cls), LN_patch(x_patch)]   norm1, norm2, LayerScale of every block
     2. qkv     W x   -> [W_cls x_cls,   W_patch x_patch]     the fused projection, the first third
-    3. nothing else: attention, out-projection and MLP stay shared. A token still meets one set of
-       weights, so the method's FLOPs are those of a plain ViT.
+    3. nothing else: attention, out-projection, MLP and the last norm stay shared (the words proj,
+       mlp, final split them, too: the paper's ablations). A token still meets one set of weights,
+       so the method's FLOPs are those of a plain ViT.
 
 `Specialised`, the first class below, is all of it; `specialize` says where it goes. Both papers'
 variants are words of the Config: registers, attention bias, class attention (CaiT), and entmax-1.5
@@ -84,7 +85,8 @@ class Specialised(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The shape of a model.
 
-# What can be specialised; norms: norm1, norm2, and LayerScale where there is one.
+# What can be specialised. norms: norm1, norm2, and LayerScale where there is one; final: the norm
+# after the last block.
 COMPONENTS = ("norms", "qkv", "proj", "mlp", "final")
 
 # size: (width D, depth, heads H, patch), of DeiT and ViT, large with DINOv2's patch; nano is this
@@ -122,10 +124,11 @@ class Config:
     spec_blocks: int | None = None  # qkv, proj, mlp: in how many blocks; None: a third, the paper's
     spec_where: str = "first"  # ... counted from the "first" or the "last" block
     spec_rank: int = 0  # 0: qkv gets a full [CLS] copy; r > 0: a rank-r update of the patches' copy
-    spec_init: str = "equal"  # [CLS]'s copies start as the patches' do; "fresh": drawn anew
+    spec_init: str = "equal"  # [CLS]'s copies start as the patches' do; "fresh": linear ones anew
 
 
-# Changes that take specialisation out of a Config; PLAIN: and all of the papers' variants.
+# Changes that take specialisation out of a Config, in the order of specialize's arguments, which
+# `start` relies on; PLAIN: and all of the papers' variants.
 NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch",
                spec_init="equal")
 PLAIN = NO_SPEC | dict(registers=0, attn="softmax", attn_bias=False, class_attn=0)
@@ -200,7 +203,8 @@ class PatchEmbed(nn.Module):
 
 def in_parts(function, *x: Tensor) -> Tensor:
     """function(*x), which looks at each row (last dimension) by itself. On a CPU so many rows at a
-    time as its cache can hold: entmax looks at them again and again, and takes 0.7 of the time."""
+    time as its cache can hold: entmax passes over them many times, and takes 0.7 of the time that
+    it takes with all rows at once."""
     if x[0].device.type != "cpu":
         return function(*x)
     out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
@@ -224,8 +228,8 @@ class Entmax15(torch.autograd.Function):
     def solve(x: Tensor) -> Tensor:
         """Newton's method for |g| = 1, g = sqrt(p) = max(x / 2 - tau, 0). |g| is convex in tau and
         falls, so from tau = max(x / 2) - 1, where it is 1 or more, every step stays on that side.
-        After 2 + log4(T) steps no p was off by more than 3e-7 in the worst row of T that a search
-        found."""
+        Measured: after 2 + log4(T) steps no p is off by more than 3e-7, in the worst rows of T
+        scores that a search found."""
         z = x if x.dtype == torch.float64 else x.float()
         z = (z - z.amax(-1, keepdim=True)).div_(2)  # the largest is 0, so tau is in [-1, 0)
         tau = -1.0
@@ -387,7 +391,7 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, c.width))
         # Attention is the same in any order of tokens, so where a patch lies is added to it.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, c.width))
-        # The block from which on [CLS] is there: the first, or in CaiT the first that asks for it.
+        # The block from which on [CLS] is there: the first, or in CaiT the first ClassBlock.
         self.join = c.depth - c.class_attn if c.class_attn else 0
         kinds = [Block] * (c.depth - c.class_attn) + [ClassBlock] * c.class_attn
         self.blocks = nn.ModuleList(kind(c) for kind in kinds)
@@ -460,12 +464,14 @@ class ViT(nn.Module):
                 cls_only: bool = False) -> dict[str, Tensor]:
         """img: (B, 3, h p, w p), pictures from `preprocess`; mask: (B, N) bool, True hides a patch.
 
-        layers: the blocks, counted from 1, whose tokens are wanted, one beside the other; none: the
-        last. cls_only: the last of all blocks computes [CLS] alone, which spares 5 % of a ViT-S.
+        layers: the blocks, counted from 1, whose tokens are wanted, side by side from the first to
+        the last; none: the last. cls_only, without layers: the last of all blocks computes [CLS]
+        alone, which spares 5 % of a ViT-S.
         Returns the tokens after the final norm: cls (B, D), registers (B, R, D), patches (B, N, D),
         of several layers with as many times D; with cls_only registers and patches are empty.
         Raises ValueError if a side is not a multiple of the patch p.
         """
+        assert not (layers and cls_only)
         cls, x = self.embed(img, mask)  # (B, 1, D), (B, R + N, D)
         kept, wanted = [], layers or (len(self.blocks),)
         for i in range(max(wanted)):
@@ -509,25 +515,20 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
     def fork(parent: nn.Module, name: str, rank: int = 0) -> None:
         both = Specialised(getattr(parent, name), rows, rank)
         setattr(parent, name, both)
-        linear = [m for m in both.cls.modules() if isinstance(m, nn.Linear)]
-        for m in linear if c.spec_init == "fresh" else []:
-            m.weight.data = torch.randn_like(m.weight) * m.weight.data.std()
+        if c.spec_init == "fresh":
+            for m in both.cls.modules():
+                if isinstance(m, nn.Linear):
+                    m.weight.data = torch.randn_like(m.weight) * m.weight.data.std()
 
     for i, block in enumerate(model.blocks):
         # In every block: where they are shared, norms already pull [CLS] and patches apart, since
         # the two are large in other dimensions (the paper's observation).
         if "norms" in c.spec:
-            fork(block, "norm1")
-            fork(block, "norm2")
-        if "norms" in c.spec and c.layerscale:
-            fork(block, "ls1")
-            fork(block, "ls2")
-        if "qkv" in c.spec and i in chosen:
-            fork(block.attn, "qkv", c.spec_rank)
-        if "proj" in c.spec and i in chosen:
-            fork(block.attn, "proj")
-        if "mlp" in c.spec and i in chosen:
-            fork(block, "mlp")
+            for name in ("norm1", "norm2", "ls1", "ls2") if c.layerscale else ("norm1", "norm2"):
+                fork(block, name)
+        for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block, "mlp")):
+            if name in c.spec and i in chosen:
+                fork(parent, name, c.spec_rank if name == "qkv" else 0)
     if "final" in c.spec:
         fork(model, "norm")
     return model
@@ -682,10 +683,12 @@ def load(path, network: str = "teacher") -> ViT:
     path = weights_file(path)
     state = read(path)
     ours = isinstance(state.get("model"), dict) and "width" in state["model"]
-    alone = ours and "weights" in state  # of `save`: without a training
-    if not ours or alone:
-        need(network == "teacher" or isinstance(state.get(network), dict),
-             f"{path} holds weights alone: nobody knows its {network} network; leave out --network")
+    from_save = ours and "weights" in state
+    if from_save or not ours:
+        inside = [] if from_save else [str(key) for key in (*state, *unwrapped(state, network))]
+        named = any(re.search(rf"\b{network}(\.|$)", key) for key in inside)
+        need(network == "teacher" or named, f"{path} holds weights alone: nobody knows its "
+             f"{network} network; leave out --network")
     if not ours:
         return load_weights(state, network, name=str(path))
     try:
@@ -693,18 +696,19 @@ def load(path, network: str = "teacher") -> ViT:
         if network == "untrained":
             seed, init = state["args"]["seed"], state["args"].get("init")
         else:
-            weights = state["weights"] if alone else {
+            weights = state["weights"] if from_save else {
                 name.removeprefix("backbone."): value for name, value in state[network].items()
                 if name.startswith("backbone.")}  # the others are the heads'
             model = ViT(cfg)
             check_weights(weights, network)
             model.load_state_dict(weights)
-            at = "" if alone else f"; {network}, step {state.get('step', 'unknown')}"
+            at = "" if from_save else f"; {network}, step {state.get('step', 'unknown')}"
             model.origin = described(model) + at
             return model.eval()
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
-        raise ValueError(f"{path} is not a checkpoint of this project ({why})") from None
+        raise ValueError(f"{path} cannot be used as a checkpoint of train.py ({why})") from None
+    # Outside the try: a file `init` that is gone is no fault of this one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = start(cfg, init).eval()
@@ -745,7 +749,7 @@ def start(cfg: Config, init: str | None = None) -> ViT:
         need(not given.config.spec, f"{init} is specialised already, in another way: spec, blocks, "
              f"where, rank, registers' path and init are {has}, not {wanted}; ask for the same, or "
              "give a plain one")
-        return specialize(model, *wanted)  # NO_SPEC has the order of its arguments
+        return specialize(model, *wanted)
 
 
 # In public files, but no part of a backbone.
@@ -773,11 +777,16 @@ RENAMED = (
 )
 
 
+def unwrapped(state: dict, network: str) -> dict:
+    """The state dict itself: whole trainings keep networks in dicts of dicts."""
+    for key in (network, "model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    return state
+
+
 def our_names(state: dict, network: str) -> dict[str, Tensor]:
     """The backbone's weights in a state dict of DINO, DINOv2, DeiT-III, timm or transformers, under
     our names."""
-    for key in (network, "model", "state_dict"):  # whole trainings keep networks in dicts of dicts
-        state = state[key] if isinstance(state.get(key), dict) else state
     other = "student." if network == "teacher" else "teacher."
     out = {}
     for name, value in state.items():
@@ -810,6 +819,7 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     """
     if not isinstance(source, dict):
         source, name = read(source), str(source)
+    source = unwrapped(source, network)
     s = our_names(source, network)
     taken = len(s)
     wanted = "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
@@ -827,11 +837,12 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     width, tokens = s["cls_token"].shape[-1], s["pos_embed"].shape[1]
     known = {w: h for w, _, h, _ in SIZES.values()}
     need(heads or width in known, f"{name}: {width} wide, and no file says how many heads attention"
-         " has; load it in Python: clsspec.load_weights(path, heads=...)")
+         " has; make one that does, in Python: "
+         'clsspec.save(clsspec.load_weights(path, heads=...), "weights.pt")')
     if math.isqrt(tokens) ** 2 == tokens:  # a square of patches: none for [CLS]
         s["pos_embed"] = F.pad(s["pos_embed"], (0, 0, 1, 0))
     scale = "blocks.0.ls1.gamma" in s
-    theirs = [str(key) for key in (source.get("model") or source)]
+    theirs = [str(key) for key in source]
     hub = any("embeddings." in key for key in theirs)  # transformers
     if pos_antialias is None:  # whose weights they are is known by what only they have, or lack
         deit = any("gamma_1" in key for key in theirs)
@@ -839,13 +850,13 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
         pos_antialias = "register_tokens" in s or timm_v2
     s.setdefault("mask_token", torch.zeros(1, width))  # only DINOv2 has one
     patch = s["patch_embed.proj.weight"].shape[-1]
-    model = ViT(Config(
+    model = ViT(checked(Config(
         width=width, heads=heads or known[width], patch=patch, pos_antialias=pos_antialias,
         pos_offset=0.0 if hub else 0.1,
         depth=1 + max(int(key.split(".")[1]) for key in s if key.startswith("blocks.")),
         image_size=patch * math.isqrt(tokens), layerscale=1e-5 if scale else 0.0,
         mlp_ratio=len(s["blocks.0.mlp.fc1.weight"]) / width,
-        registers=s["register_tokens"].shape[1] if "register_tokens" in s else 0))
+        registers=s["register_tokens"].shape[1] if "register_tokens" in s else 0)))
 
     try:
         model.load_state_dict(s)  # every tensor is used, or the file is refused

@@ -1326,8 +1326,12 @@ def name_of(path: Path) -> str:
 
 
 def home(path: Path) -> Path:
-    """Where the results of a checkpoint go: its run folder; runs/NAME, if it has none."""
-    return path.parent if path.name == "last.pt" else Path("runs") / name_of(path)
+    """Where the results of a checkpoint go: its run folder; runs/NAME, if it has none, and
+    runs/NAME-weights, if that is a run's."""
+    if path.name == "last.pt":
+        return path.parent
+    folder = Path("runs") / name_of(path)
+    return folder.with_name(f"{folder.name}-weights") if (folder / "last.pt").exists() else folder
 
 
 def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -> None:

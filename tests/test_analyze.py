@@ -92,6 +92,25 @@ def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path):
             analyze.maps(tmp_path / "maps.png", [(kept["looks"]["weights"][0], seen[1])], [one])
 
 
+def test_a_survey_keeps_no_more_than_it_says(monkeypatch):
+    model, img, spare = vit().float(), torch.randint(256, (3, 3, 24, 40), dtype=torch.uint8), []
+
+    def cat(tensors, *more, **named):  # what a step held must not live on behind a slice of it
+        spare.extend(x.untyped_storage().nbytes() - x.nbytes for x in tensors if x.shape[1:] == (2, 16))
+        return torch.concatenate(tensors, *more, **named)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    survey(model, img, [analyze.looks], batch=2)
+    assert spare == [0] * 6  # 3 blocks, 2 batches
+
+
+def test_maps_that_cannot_be_drawn_cost_no_other_measure(trained, tmp_path, capsys):
+    analyze.main([str(trained / "plain"), "--what", "cosines,maps", "--patch", "99,0", "--pictures", "2",
+                  "--out", str(tmp_path)])
+    assert "maps: left out, --patch 99,0 is outside" in capsys.readouterr().out
+    assert json.loads((tmp_path / "analysis.json").read_text()).keys() == {"cosines"}
+
+
 # --- the walk ----------------------------------------------------------------------------------------
 
 
@@ -642,8 +661,12 @@ def test_compare_says_in_what_runs_differ(tmp_path, capsys):
         for s in (0, 1):
             args = {"seed": s, "spec": spec, "out": f"{name}-{s}", "steps": 4 + (name == "b" and s)}
             (tmp_path / f"{name}-{s}" / "config.json").write_text(json.dumps({"args": args, "threads": 1 + (name == "b")}))
+    for s in (0, 1):  # a flag that only newer runs know
+        config = json.loads((tmp_path / f"b-{s}" / "config.json").read_text())
+        config["args"]["novel"] = 1
+        (tmp_path / f"b-{s}" / "config.json").write_text(json.dumps(config))
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
-    assert capsys.readouterr().out.splitlines()[0].endswith("seeds [0, 1]; runs differ in: spec, steps, threads")
+    assert capsys.readouterr().out.splitlines()[0].endswith("seeds [0, 1]; runs differ in: novel, spec, steps, threads")
 
 
 def test_compare_says_what_is_missing(tmp_path):

@@ -862,13 +862,24 @@ def test_several_layers_stand_side_by_side():
         torch.testing.assert_close(one[1]["patches"], model(img)["patches"], atol=0, rtol=0)
 
 
-def test_wrappings_and_shapes_of_weights():
+def test_wrappings_and_shapes_of_weights(tmp_path):
     model, state, _ = layouts()["DINOv2 with registers"]
     wrapped = {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}}
     both = {f"{who}.backbone.{k}": v + (who == "student") for k, v in state.items() for who in ("teacher", "student")}
     for network in ("teacher", "student"):
         found = clsspec.load_weights({"model": both}, network).state_dict()
         assert all(torch.equal(found[k], v + (network == "student")) for k, v in state.items())
+        torch.save({"model": both}, tmp_path / "both.pth")
+        found = clsspec.load(tmp_path / "both.pth", network).state_dict()
+        assert all(torch.equal(found[k], v + (network == "student")) for k, v in state.items())
+    for name in ("DeiT-III", "transformers"):  # how positions are resampled is known in any wrapping
+        weights = layouts()[name][1]
+        inside = clsspec.unwrapped(weights, "teacher")
+        plain, *others = (clsspec.load_weights(one).config for one in (
+            weights, {"state_dict": inside}, {"model": inside}, {"teacher": {"state_dict": inside}, "model": "ViT-S"}))
+        assert others == [plain] * 3, name
+    with pytest.raises(ValueError, match="not a multiple of 7 heads"):
+        clsspec.load_weights(state, heads=7)
     assert clsspec.load_weights(wrapped).config.registers == 4
     assert not clsspec.load_weights(state, pos_antialias=False).config.pos_antialias
     odd = vit(width=64, registers=3, mlp_ratio=2.3, patch=8, image_size=32).float()
@@ -891,7 +902,7 @@ def test_networks_of_a_checkpoint(tmp_path):
         clsspec.load(tmp_path / "last.pt", "untrained")
     del state["student"]["backbone.norm.weight"]
     torch.save(state | {"model": cfg, "args": {"seed": 5}}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+    with pytest.raises(ValueError, match="cannot be used as a checkpoint"):
         clsspec.load(tmp_path / "last.pt", "student")
     both = {k: layouts()["DINO"][0].state_dict() for k in ("teacher", "student")}  # public, of two networks
     both["student"]["norm.bias"] = both["student"]["norm.bias"] + 1

@@ -334,6 +334,15 @@ def test_commands_write_what_they_print(runs, capsys):
     assert len(results) == 2 and "rmse" not in results["student scenes tasks=seg layers=3 cat_cls=True iterations=10 train=60 test=20"]
 
 
+def test_results_of_a_file_stay_out_of_a_run_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert eval_dense.home(Path("runs/a/last.pt")) == Path("runs/a")
+    assert eval_dense.home(Path("a.pth")) == Path("runs/a")
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/last.pt").touch()
+    assert eval_dense.home(Path("a.pth")) == Path("runs/a-weights")
+
+
 def test_untrained_is_the_network_at_step_0(runs):
     args = train.parse("--scale nano --device cpu --spec norms --seed 1".split())
     torch.manual_seed(1)

@@ -6,8 +6,8 @@
     python eval_dense.py runs/NAME --data voc --root path/to/VOC --tasks seg
 
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
-Features  patches of the last block after the final norm; of several, --layers 3,6,9,12, side by
-          side; --cat-cls: [CLS] beside each.
+Features  patches (and [CLS]) of the last block after the final norm; of several, --layers
+          3,6,9,12, side by side; --cat-cls: [CLS] beside each patch.
           The backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
 Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
           multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
@@ -42,9 +42,9 @@ the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in Garg's 
 1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m. pets: seg of pet and
 background, the border ignored; cls and knn of breeds, in the middle 224 of 256. --download fetches
 voc, pets, imagenette and cifar10.
-Not the papers': sampled rows and columns; depth not augmented; crops not coloured, no limit on a
-class's share; linear decay; nyu's rate chosen on frames of the same videos; cls: one block, not
-augmented.
+Not the papers': sampled rows and columns; depth not scaled, not coloured; crops not coloured, no
+limit on a class's share; linear decay; nyu's and kitti's rate chosen on frames of the same videos,
+without Eigen's or Garg's crop; cls: one block, not augmented.
 """
 
 import argparse
@@ -84,11 +84,11 @@ FULL = 2**16 - 1  # the largest number of 16 bits, in a depth file no depth
 LABEL = {"seg": "mask", "depth": "depth", "cls": "label", "knn": "label"}  # what a task needs
 METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
            "linear": "{:.2f} %", "knn": "{:.2f} %"}
-LOWER = {"rmse", "absrel"}  # are better when they are lower
+LOWER = {"rmse", "absrel"}  # of METRICS: better when they are lower
 
 # --------------------------------------------------------------------------------------------------
 # Doors: how flags, pictures and JSON come in, how results go out, and how a command ends. All
-# scripts use these.
+# scripts use these. To see how features are judged, read on from "Labelled pictures".
 
 
 class Parser(argparse.ArgumentParser):
@@ -201,8 +201,8 @@ def read_picture(file, upright: bool = True) -> Tensor:
 def read_map(file, bits: int) -> Tensor:
     """Classes (8 bits) or depth as it is stored (16), int (H, W). ValueError: of other bits."""
     img = open_picture(file, "as it is")
-    modes = ("P", "L") if bits == 8 else ("I;16", "I")
-    wanted = "an 8-bit index PNG" if bits == 8 else "a 16-bit grey PNG"
+    modes, wanted = {8: (("P", "L"), "an 8-bit index PNG"),
+                     16: (("I;16", "I"), "a 16-bit grey PNG")}[bits]
     need(img.mode in modes, f"{file} must be {wanted}, but its mode is {img.mode}; convert it")
     img = img if bits == 8 else img.convert("I")  # int32: torch computes little on uint16
     return TF.pil_to_tensor(img)[0]
@@ -384,7 +384,8 @@ def one_line():
         line, code, cause = f"error: {err.strerror or err}{at}", 1, err
         quiet()
     except ValueError as err:  # a worker's traceback comes before its message
-        text = str(err).strip().splitlines()[-1].removeprefix("ValueError: ")
+        text = str(err).strip() or type(err).__name__
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
         line, code, cause = f"error: {text}", 1, err
     except (RuntimeError, MemoryError) as err:
         text = str(err).strip() or "out of memory"
@@ -396,7 +397,7 @@ def one_line():
         signals.came = 0
         for number, handler in before.items():
             signal.signal(number, handler)
-    # So that nobody needs the processes that read files any more: they would be waited for.
+    # Frames hold the processes that read files, which would be waited for.
     traceback.clear_frames(cause.__traceback__)
     for shown in list(tqdm._instances):  # or a bar would be drawn again behind the line
         shown.close()
@@ -435,7 +436,7 @@ def from_disk(data, order, workers: int, collate, **more):
     """An iterator over batches of a data set that processes read. order: lists of its keys."""
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=order, num_workers=workers, collate_fn=collate, worker_init_fn=patient,
-        generator=torch.Generator(), **more)  # without one, it draws from the global one
+        generator=torch.Generator(), **more)  # its own, or it would draw from the global one
     with signals.held():  # what is raised while processes are made would be lost
         return iter(loader)
 
@@ -443,10 +444,12 @@ def from_disk(data, order, workers: int, collate, **more):
 def stack(items: list[dict]) -> dict[str, Tensor]:
     """Items -> one dict of stacked tensors. ValueError where pictures have several sizes."""
     files = [item.pop("name", None) for item in items]  # for the message only
-    sizes = [tuple(item["image"].shape[1:]) for item in items]
-    for file, size in zip(files, sizes):
-        need(size == sizes[0], f"{file} has {size} pixels (rows, columns), {files[0]} "
-             f"{sizes[0]}; for several sizes give --crop")
+    for kind in [kind for kind, x in items[0].items() if isinstance(x, Tensor)]:
+        # Of all kinds: pictures are resized to one shorter side, their labels are not.
+        sizes = [tuple(item[kind].shape[-2:]) for item in items]
+        for file, size in zip(files, sizes):
+            need(size == sizes[0], f"{file} has {size} pixels (rows, columns; {kind}), {files[0]} "
+                 f"{sizes[0]}; for several sizes give --crop")
     return torch.utils.data.default_collate(items)
 
 
@@ -473,10 +476,10 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
 
-    def only(self, *labels: str) -> "Pictures":
-        """With these labels alone: on disk an item is a whole picture with its maps, or the middle
-        of one with its class."""
-        keep = {"image", *labels}
+    def only(self, *kinds: str) -> "Pictures":
+        """With these kinds of labels alone: on disk an item is a whole picture with its maps, or
+        the middle of one with its class. In memory nothing is left out: it serves both."""
+        keep = {"image", *kinds}
         rows = [{kind: x for kind, x in row.items() if kind in keep} for row in self.rows]
         return replace(self, rows=rows)
 
@@ -496,8 +499,9 @@ class Pictures(torch.utils.data.Dataset):
         # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
         img = read_picture(row["image"], upright="label" in row)
         if "label" in row:  # the middle of the picture
-            img = TF.resize(img, [self.size * 8 // 7], antialias=True)  # 256 for 224, as usual
-            return {"image": TF.center_crop(img, [self.size]), "label": row["label"]}
+            side = whole_patches(self.size, self.patch)
+            img = TF.resize(img, [side * 8 // 7], antialias=True)  # 256 for 224, as usual
+            return {"image": TF.center_crop(img, [side]), "label": row["label"]}
         item = {"image": img}
         if "mask" in row:
             item["mask"] = self.mask(row["mask"])
@@ -540,8 +544,9 @@ class Pictures(torch.utils.data.Dataset):
             counts = counts >> 3 | counts << 13 & 0xFFFF  # turned back
         else:
             counts = torch.where(counts == FULL, 0, counts)  # how cameras write "too far"
-        depth = counts * self.unit
-        return torch.where(depth <= self.max_depth, depth, self.max_depth if self.sunrgbd else 0)
+        depth = counts.double() * self.unit  # in float32 the farthest may come to more than it is
+        far = self.max_depth if self.sunrgbd else 0
+        return torch.where(depth <= self.max_depth, depth, far).float()
 
 
 # How a set is opened: (folder, split "train" or "val") -> Pictures. The first lines say what is
@@ -574,6 +579,14 @@ def class_names(file: Path) -> tuple[str, ...]:
     return tuple(found.get(i, f"class {i}") for i in range(max(found, default=-1) + 1))
 
 
+def largest(folder: Path, bits: int) -> int:
+    """The largest number in a folder's maps, one of which is held at a time; the last of so many
+    bits does not count, as it says that there is none."""
+    maps = (read_map(file, bits) for file in folder.glob("[!.]*.png"))  # without hidden ones
+    known = (x[x < 2**bits - 1] for x in maps)
+    return max((x.max().item() for x in known if len(x)), default=0)
+
+
 def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> Pictures:
     """images/{train,val}/NAME.jpg (or png), and one or both of masks/{train,val}/NAME.png (8-bit
     index, 255: ignored) and depth/{train,val}/NAME.png (16-bit, millimetres or --unit, 0 and 65535:
@@ -585,24 +598,19 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
     found = Pictures(same_stems(at / "images" / split, **folders))
     if "depth" in folders:
         found.unit, found.max_depth = unit, max_depth
-        files = (at / "depth/train").glob("[!.]*.png")  # without hidden ones
-        if not max_depth:  # the largest of the training pictures, of which one is held at a time
-            counts = (read_map(file, bits=16) for file in files)
-            largest = max((x[x < FULL].max().item() for x in counts if (x < FULL).any()), default=0)
-            need(largest, f"no file in {at / 'depth/train'} has a depth, from 1 to {FULL - 1}")
-            found.max_depth = largest * unit
+        if not max_depth:  # the largest of the training pictures
+            count = largest(at / "depth/train", bits=16)
+            need(count, f"no file in {at / 'depth/train'} has a depth, from 1 to {FULL - 1}")
+            found.max_depth = count * unit
         need(found.max_depth > 0.01, f"depth up to {found.max_depth:g} m only, and heads begin at "
              "1 mm; correct --unit or --max-depth")
     if "mask" in folders:
-        largest = 0
-        for file in (at / "masks/train").glob("[!.]*.png"):
-            mask = read_map(file, bits=8)
-            largest = max(largest, torch.where(mask == 255, 0, mask).max().item())
-        need(largest, f"no mask in {at / 'masks/train'} has another class than 0, as 255 means "
+        last = largest(at / "masks/train", bits=8)
+        need(last, f"no mask in {at / 'masks/train'} has another class than 0, as 255 means "
              "ignored; in black and white masks make 255 a 1")
         # Without names classes are numbers, up to the largest of the training pictures.
         file = at / "classes.txt"
-        numbers = tuple(str(i) for i in range(largest + 1))
+        numbers = tuple(str(i) for i in range(last + 1))
         found.classes = class_names(file) if file.exists() else numbers
     return found
 
@@ -748,12 +756,14 @@ def open_split(data: str, root: str, split: str, download: bool = False, **optio
     try:
         found = OPEN[data](at, split, **options)
     except (OSError, RuntimeError, KeyError) as err:  # whatever opening it raises
-        raise ValueError(f"{str(err).splitlines()[0]}; {wanted}") from None
+        why = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise ValueError(f"{why}; {wanted}") from None
     need(found.rows, f"no picture in split {split}; {wanted}")
     files = [x for row in found.rows for x in row.values() if isinstance(x, str)]
     missing = [file for file in files if not os.path.exists(file)]  # now, not hours later
-    count = f"{len(missing)} of {len(files)}"
-    need(not missing, f"{count} files are missing, as {''.join(missing[:1])}; {wanted}")
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(files)} files are missing, as {missing[0]}; "
+                         f"{wanted}")
     return found
 
 
@@ -819,6 +829,10 @@ class Protocol:
     max_depth: float = flag(within(float, 0, 1e4), 0.0, "pairs: farther is no depth, metres; 0: "
                             "the largest of the training pictures", "pairs")
 
+    @property
+    def dense(self) -> list[str]:
+        return [task for task in self.tasks if task in DENSE]
+
 
 SEG = Protocol(("seg",), 512, 512, 512, iterations=40_000, batch_size=16, lr=(1e-3,),
                warmup=1500 / 40_000)
@@ -856,11 +870,11 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device,
 # --------------------------------------------------------------------------------------------------
 # Frozen features.
 
-QUIET = 0.5 if sys.stderr.isatty() else 20  # seconds between a bar's pictures: files keep them all
+REDRAW = 0.5 if sys.stderr.isatty() else 20  # seconds; a file would keep every state of a bar
 
 
 def bar(stream, title: str, total: int):
-    return tqdm(stream, title, total, leave=False, dynamic_ncols=True, mininterval=QUIET)
+    return tqdm(stream, title, total, leave=False, dynamic_ncols=True, mininterval=REDRAW)
 
 
 @torch.no_grad()
@@ -880,6 +894,9 @@ def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The same things of several batches, one after the other."""
+    for kind in parts[0]:
+        need(len({part[kind].shape[1:] for part in parts}) == 1,
+             f"pictures have several sizes ({kind}); for several sizes give --crop")
     return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
 
@@ -920,8 +937,8 @@ class Head(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """(B, h, w, D), and weights of upsampling, rows (H, h), columns (W, w) -> logits
+    def forward(self, x: Tensor, up_h: Tensor, up_w: Tensor) -> Tensor:
+        """(B, h, w, D), and weights of upsampling, of rows (H, h) and of columns (W, w) -> logits
         (B, classes, H, W), or depth in metres (B, H, W)."""
         shape, flat = x.shape[:3], self.norm(x.flatten(0, 2))  # (B h w, D)
         if self.task == "seg":
@@ -933,7 +950,7 @@ class Head(nn.Module):
             sums = torch.cat([torch.stack([w @ self.bins, w.sum(1)], 1) for w in weights])
             metres = (sums[:, 0] + 0.1 * self.bins.sum()) / (sums[:, 1] + 0.1 * len(self.bins))
             x = metres[:, None].unflatten(0, shape)  # (B, h, w, 1)
-        x = rows @ x.movedim(-1, 1) @ columns.T  # (B, classes, H, W)
+        x = up_h @ x.movedim(-1, 1) @ up_w.T  # (B, classes, H, W)
         return x if self.task == "seg" else x[:, 0]
 
 
@@ -946,7 +963,7 @@ def silog(predicted: Tensor, truth: Tensor) -> Tensor:
     g = torch.where(valid, predicted.log() - torch.where(valid, truth, 1).log(), 0)
     mean = g.sum() / n
     variance = (torch.where(valid, g - mean, 0) ** 2).sum() / n
-    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: a slope at 0
+    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: at 0 it has no slope
 
 
 def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -956,7 +973,7 @@ def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return total / (batch["mask"] != 255).sum().clamp(min=1)  # a batch may be all ignored
 
 
-def drawn(index: Tensor, p: Protocol):
+def training_batches(index: Tensor, p: Protocol):
     """Each iteration's pictures, out of `index`; with four uniform numbers for each one's crop."""
     draw = torch.Generator().manual_seed(p.seed)
     for _ in range(p.iterations):
@@ -974,7 +991,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU: the same on all devices
         for lr in p.lr:
             torch.manual_seed(p.seed)  # and the same for all rates
-            for task in [task for task in p.tasks if task in DENSE]:
+            for task in p.dense:
                 head = Head(task, width, len(data.classes), data.max_depth)
                 heads[lr, task] = head.to(data.device)
     groups = [{"params": head.parameters(), "lr": lr} for (lr, _), head in heads.items()]
@@ -983,9 +1000,11 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
     fall = max(p.iterations - rise, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up, and then down to 0
         optimizer, lambda t: min((t + 1) / rise, (p.iterations - t) / fall, 1))
-    # At every s-th row and column from a random first one, the mean loss is that of all pixels.
+    # Every s-th row and column, from a random first one: on average about the loss of all pixels,
+    # s^2 times cheaper.
     phase, s = torch.Generator().manual_seed(p.seed), max(model.config.patch // 2, 1)
-    for batch in bar(data.batches(drawn(index, p), workers), "training heads", p.iterations):
+    batches = data.batches(training_batches(index, p), workers)
+    for batch in bar(batches, "training heads", p.iterations):
         x = batch["x"] if "x" in batch else tokens(model, batch["image"], p)[0]  # (B, h, w, D)
         top, left = torch.randint(s, (2,), generator=phase).tolist()
         need(x.shape[:3].numel() > 1, "a batch of a single patch has no variance, and heads begin "
@@ -993,10 +1012,10 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
         truth = {kind: batch[kind] for kind in ("mask", "depth") if kind in batch}
         h, w = next(iter(truth.values())).shape[1:]
         truth = {kind: v[:, top::s, left::s] for kind, v in truth.items()}
-        rows = bilinear(x.shape[1], h, x.device)[top::s]
-        columns = bilinear(x.shape[2], w, x.device)[left::s]
+        up_h = bilinear(x.shape[1], h, x.device)[top::s]
+        up_w = bilinear(x.shape[2], w, x.device)[left::s]
         # The heads share nothing, so the sum trains each as if it were alone.
-        loss = sum(head_loss(head.task, head(x, rows, columns), truth) for head in heads.values())
+        loss = sum(head_loss(head.task, head(x, up_h, up_w), truth) for head in heads.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1005,13 +1024,13 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
 
 
 @torch.no_grad()
-def look(model: ViT, heads: list[Head], img: Tensor, p: Protocol) -> dict[str, Tensor]:
+def predict_window(model: ViT, heads: list[Head], img: Tensor, p: Protocol) -> dict[str, Tensor]:
     """uint8 (B, 3, H, W), one window -> logits and depth of its pixels."""
-    rows, columns = (bilinear(n // model.config.patch, n, img.device) for n in img.shape[-2:])
+    up_h, up_w = (bilinear(n // model.config.patch, n, img.device) for n in img.shape[-2:])
     x, _ = tokens(model, img, p)
-    out = {head.task: head(x, rows, columns) for head in heads}
+    out = {head.task: head(x, up_h, up_w) for head in heads}
     if p.flip:  # what is true of a scene is true of its mirror image
-        mirrored = look(model, heads, img.flip(-1), replace(p, flip=False))
+        mirrored = predict_window(model, heads, img.flip(-1), replace(p, flip=False))
         out = {task: (v + mirrored[task].flip(-1)) / 2 for task, v in out.items()}
     return out
 
@@ -1022,20 +1041,19 @@ def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> di
     h, w = img.shape[-2:]
     window = p.window or max(h, w)
     step = max(window * 2 // 3, 1)  # a third overlaps, and the last one ends with the picture
-    tops = [*range(0, h - window, step), max(h - window, 0)]
-    lefts = [*range(0, w - window, step), max(w - window, 0)]
+    tops, lefts = ([*range(0, n - window, step), max(n - window, 0)] for n in (h, w))
     sums, times = {}, torch.zeros(h, w, device=img.device)
     for top, left in product(tops, lefts):
         at = ..., slice(top, top + window), slice(left, left + window)
-        for task, out in look(model, heads, img[at], p).items():
+        for task, out in predict_window(model, heads, img[at], p).items():
             zeros = out.new_zeros(*out.shape[:-2], h, w)
             sums.setdefault(task, zeros)[at] += out
         times[at] += 1  # (h, w): how many windows see a pixel
     mean = {task: v / times for task, v in sums.items()}
     if (h, w) == tuple(size):  # the label's pixels are the picture's
         return mean
-    rows, columns = bilinear(h, size[0], img.device), bilinear(w, size[1], img.device)
-    return {task: rows @ v @ columns.T for task, v in mean.items()}
+    up_h, up_w = bilinear(h, size[0], img.device), bilinear(w, size[1], img.device)
+    return {task: up_h @ v @ up_w.T for task, v in mean.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1062,7 +1080,8 @@ def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float)
     penalty / 2 |weight|^2, the bias (last row) left out; looked for from `start` on."""
     weight = start.clone().requires_grad_()
     # The loss is convex, so there is one optimum, and a method without a rate or a schedule to tune
-    # finds it; what differs between two networks is then theirs, not the tuning's.
+    # finds it (with the smallest penalties nearly, as tolerance or iterations end it early); what
+    # differs between two networks is then theirs, not the tuning's.
     optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,
                                   line_search_fn="strong_wolfe")
 
@@ -1081,9 +1100,8 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
     penalty were best on a fifth of the training pictures that the choice was not trained on."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a feature may be constant
     x, test = (F.pad((v - mean) / std, (0, 1), value=1) for v in (x, test))  # 1: for the bias
-    both = torch.arange(x.shape[1], device=x.device)
-    cls = torch.cat([both[: len(both) // 2], both[-1:]])
-    inputs = {"[CLS]": cls, "[CLS] and mean patch": both}  # name -> columns
+    inputs = {"[CLS]": [*range(x.shape[1] // 2), -1],  # name -> columns; -1 is the bias
+              "[CLS] and mean patch": [*range(x.shape[1])]}
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held = (order % 5 == 0).to(x.device)  # in no order that the set may have
     best, chosen = -1, None
@@ -1181,7 +1199,7 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
     for batch in bar(data.batches(order, workers), "testing", len(order)):
         labels = batch["mask"] if "mask" in batch else batch["depth"]
         out = predict(model, heads, batch["image"], labels.shape[-2:], p)
-        part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}
+        part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}  # 1 each
         if "seg" in out:
             out["seg"] = out["seg"].argmax(1)  # (B, H, W)
             part["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
@@ -1198,8 +1216,9 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
     need("counts" not in stats or stats["counts"].any(),
          "no picture has a pixel with a class: all masks are 255, ignored")
     if "rmse" in stats and stats["rmse"].isnan().all():
-        raise ValueError(f"no picture has valid depth, above 0 and up to {data.max_depth:g} m; the "
-                         f"first is {data.rows[index[0]]['depth']}")
+        first = "" if data.memory else f"; the first is {data.rows[index[0]]['depth']}"
+        raise ValueError(f"no picture has valid depth, above 0 and up to {data.max_depth:g} m"
+                         + first)
     return stats, shots
 
 
@@ -1207,25 +1226,25 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
                workers: int) -> dict[str, tuple[float, Head]]:
     """A trained head for each dense task, and its rate: of several, the one that is best on a tenth
     of the pictures, which is then held back from training. seen: `train`, or its features."""
+    several = len(p.lr) > 1
     every = torch.arange(len(train))
-    held = every % 10 == 0 if len(p.lr) > 1 else every < 0  # of one rate: none, nothing to choose
+    held = every % 10 == 0 if several else every < 0  # of one rate: none, nothing to choose
     trained = train_heads(model, seen, every[~held], p, workers)
-    tasks = [task for task in p.tasks if task in DENSE]
-    sound, loss = [], {}  # loss: {(rate, task): the smaller the better}
-    for lr in p.lr:
-        heads = [trained[lr, task] for task in tasks]
-        weights = torch.cat([v.flatten() for head in heads for v in head.parameters()])
-        if not weights.isfinite().all():  # a rate too many is no reason to lose the others
-            continue
-        sound.append(lr)
-        if held.any():
+    # A rate too high for one task is no reason to lose the others.
+    sound = {key for key, head in trained.items()
+             if all(weight.isfinite().all() for weight in head.parameters())}
+    loss = {}  # {(rate, task): the smaller the better}
+    for lr in p.lr if several else ():
+        heads = [trained[lr, task] for task in p.dense if (lr, task) in sound]
+        if heads:
             found = scores(judge(model, heads, train, every[held], p, workers)[0])
             loss[lr, "seg"], loss[lr, "depth"] = -found.get("miou", 0), found.get("rmse", 0)
-    need(sound, f"the heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
     best = {}
-    for task in tasks:
-        lr = min(sound, key=lambda lr: loss.get((lr, task), 0))
-        best[task] = lr, trained[lr, task]
+    for task in p.dense:
+        rates = [lr for lr in p.lr if (lr, task) in sound]
+        need(rates, f"the {task} heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
+        best_lr = min(rates, key=lambda lr: loss[lr, task]) if several else rates[0]
+        best[task] = best_lr, trained[best_lr, task]
     return best
 
 
@@ -1252,47 +1271,46 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
          f"--tasks {','.join(p.tasks)}: here {data} has what it takes for {','.join(able)} only")
     p = replace(p, tasks=tuple(task for task in p.tasks if task in able))
     need(len(train) > 1 or ("cls" not in p.tasks and len(p.lr) == 1),
-         "one training picture is too few to choose a learning rate by; give more")
-    dense, of_pictures = set(p.tasks) & set(DENSE), set(p.tasks) - set(DENSE)
+         "one training picture is too few to choose a learning rate or a penalty by; give more")
+    dense, of_pictures = p.dense, set(p.tasks) - set(DENSE)
     maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
-    # 1. Features, once if they fit: every crop would have other ones. `maps` are whole pictures
-    # with what is true of each pixel; `known`, features; Scenes, in memory, have both at once.
-    some = maps if dense else train.only("label")
-    h, w = next(some.batches([[0]]))["image"].shape[-2:]
-    # Features are computed 50 pictures at a time; of crops, a batch of the heads at a time.
-    b, rows, columns = 50, h, w
-    if dense:
-        b, rows, columns = max(p.batch_size, 50), p.crop or h, p.crop or w
+    # 1. Features: computed once if they fit, but not of crops, which differ in every iteration.
+    first = next((maps if dense else train.only("label")).batches([[0]]))
+    h, w = first.pop("image").shape[-2:]
+    bytes_each = 4 * width * (1 + p.cat_cls) * h * w / patch**2
+    bytes_each += sum(x.nbytes for x in first.values())  # maps are of the file's size
+    once = bool(dense) and not p.crop and len(train) * bytes_each <= cache_gib * 2**30
+    # Features are computed 50 pictures at a time or, with heads in the loop, a batch at a time; and a
+    # batch of stored ones takes room, too.
+    b = max(p.batch_size, 50) if dense else 50
+    rows, columns = (p.crop or h, p.crop or w) if dense else (h, w)
     need_memory(forward_gib(model.config, b, rows, columns), train.device,
                 f"a batch of {b} pictures of {rows} x {columns} px",
                 "lower --image-size, --crop or --batch-size")
-    bytes_each = h * w * (4 * width * (1 + p.cat_cls) / patch**2 + 5)  # floats, mask and depth
-    fits = len(train) * bytes_each <= cache_gib * 2**30
-    once = bool(dense) and fits and not p.crop
     # The backbone is frozen: what it makes of a picture is the same in every iteration.
-    known = features(model, maps, p, True, workers) if once else {}
+    of_train = features(model, maps, p, True, workers) if once else {}
 
     # 2. Heads on them, then the test set.
-    stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}
+    stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}  # 1: each counts once
     if dense:
-        seen = replace(maps, memory=known) if once else maps
+        seen = replace(maps, memory=of_train) if once else maps
         best = best_heads(model, maps, seen, p, workers)
         chosen = {task: f"lr {lr:g}" for task, (lr, _) in best.items()}
         heads = [head for _, head in best.values()]
         stats, shots = judge(model, heads, test_maps, torch.arange(len(test)), p, workers, keep)
     if of_pictures:
-        if "label" not in known:  # Scenes have it all at once
-            known = features(model, train.only("label"), p, False, workers)
-        tested = features(model, test.only("label"), p, False, workers)
-        x, labels, test_x = known["whole"], known["label"], tested["whole"]
+        if "label" not in of_train:  # of Scenes it is there already, see `only`
+            of_train = features(model, train.only("label"), p, False, workers)
+        of_test = features(model, test.only("label"), p, False, workers)
+        x, labels, test_x = of_train["whole"], of_train["label"], of_test["whole"]
         classes = len(train.labels)
         if "cls" in p.tasks:
             guess, chosen["cls"] = linear(x, labels, test_x, classes)
-            stats["linear"] = 100.0 * (guess == tested["label"])
+            stats["linear"] = 100.0 * (guess == of_test["label"])
         if "knn" in p.tasks:  # of [CLS] alone
             guess = knn(x[:, :width], labels, test_x[:, :width], classes)
-            stats["knn"] = 100.0 * (guess == tested["label"])
+            stats["knn"] = 100.0 * (guess == of_test["label"])
 
     # 3. What comes out, with all that is needed to make it again.
     result = {name: value.item() for name, value in scores(stats).items()}
@@ -1307,9 +1325,9 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
 
 def versions() -> dict[str, str]:
     """Of this project (git), Python, torch, torchvision: what a number was made with."""
-    git = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
+    command = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
     try:
-        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         git = ""
     return {"git": git or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
@@ -1460,7 +1478,8 @@ def run(args) -> None:
         other = "" if seen == size else f", which it saw at {size}, this one at {seen}"
         print(f"  minus {args.runs[0]}{other}, with 95 % intervals over test pictures:")
         for metric, (d, low, high) in difference(first, stats).items():
-            print(f"    {metric:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]")
+            note = "  (lower is better)" if metric in LOWER else ""
+            print(f"    {metric:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]{note}")
 
 
 def main(argv=None) -> None:

@@ -1455,7 +1455,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     cpu, threads, said = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
     told = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
-                    dynamic_ncols=True, mininterval=eval_dense.QUIET)
+                    dynamic_ncols=True, mininterval=eval_dense.REDRAW)
 
     def log(found: dict) -> None:
         """A line with the means since the last one, over all ranks."""

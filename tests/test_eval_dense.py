@@ -479,10 +479,60 @@ def test_image_tasks_see_whole_pictures_whatever_the_windows(runs):
 
 def test_heads_that_diverge_are_left_out_or_an_error(tmp_path):
     at, p = str(tree(tmp_path / "t")), replace(SHORT, iterations=60)
-    with pytest.raises(ValueError, match="the heads diverged with --lr 1e[+]30; lower it"):
+    with pytest.raises(ValueError, match="the seg heads diverged with --lr 1e[+]30; lower it"):
         eval_dense.evaluate(Oracle(), "pairs", at, replace(p, lr=(1e30,)))
     result = eval_dense.evaluate(Oracle(), "pairs", at, replace(p, lr=(1e30, 1e-2)))[0]
     assert set(result["chosen"].values()) == {"lr 0.01"} and result["miou"] > 80
+
+
+def test_a_rate_too_high_for_one_task_is_kept_for_the_other(tmp_path, monkeypatch):
+    at, p, train_heads = str(tree(tmp_path / "t")), replace(SHORT, lr=(1e-2, 1e-9)), eval_dense.train_heads
+
+    def diverging(*args):
+        heads = train_heads(*args)
+        heads[1e-2, "depth"].linear.bias.data += math.nan
+        return heads
+
+    monkeypatch.setattr(eval_dense, "train_heads", diverging)
+    assert eval_dense.evaluate(Oracle(), "pairs", at, p)[0]["chosen"] == {"seg": "lr 0.01", "depth": "lr 1e-09"}
+    with pytest.raises(ValueError, match="the depth heads diverged with --lr 0.01; lower it"):
+        eval_dense.evaluate(Oracle(), "pairs", at, replace(p, lr=(1e-2,)))
+
+
+def test_several_sizes_are_refused_wherever_they_are(tmp_path):
+    at = tree(tmp_path / "t", train=60)  # features are made 50 pictures at a time, heads see 8
+    for i in range(50, 60):
+        for kind, mode in (("images", "RGB"), ("masks", "L"), ("depth", "I;16")):
+            save_map(at / f"{kind}/train/{i}.png", 1, mode, (64, 96))
+    order = sorted(f"{i}.png" for i in range(60))
+    assert order.index("50.png") < 50 < len(order)  # both sizes are in the first batch
+    with pytest.raises(ValueError, match=r"has \(64, 96\) pixels \(rows, columns; image\).* \(32, 48\); for several sizes give --crop"):
+        eval_dense.evaluate(Oracle(), "pairs", str(at), SHORT)
+    with pytest.raises(ValueError, match=r"has \(64, 96\) pixels \(rows, columns; mask\)"):  # labels are not resized
+        eval_dense.evaluate(Oracle(), "pairs", str(at), replace(SHORT, image_size=32))
+    with pytest.raises(ValueError, match=r"several sizes \(mask\); for several sizes give --crop"):  # each batch of one
+        eval_dense.joined([{"mask": torch.zeros(50, 32, 48)}, {"mask": torch.zeros(10, 64, 96)}])
+
+
+def test_maps_count_in_what_features_take(tmp_path, monkeypatch):
+    at, p = tree(tmp_path / "t"), replace(SHORT, image_size=8, iterations=2, tasks=("seg",))
+    for split, n in (("train", 24), ("val", 8)):
+        for i in range(n):  # large maps of pictures that are made small
+            for kind, mode in (("images", "RGB"), ("masks", "L"), ("depth", "I;16")):
+                save_map(at / f"{kind}/{split}/{i}.png", 2000 if kind == "depth" else i % 3, mode, (320, 480))
+    made = []
+    features = eval_dense.features
+    monkeypatch.setattr(eval_dense, "features", lambda *args: made.append(1) or features(*args))
+    maps = 24 * 320 * 480 * 5 / 2**30  # a byte of class and four of depth
+    for cache, times in ((1.2 * maps, 1), (0.9 * maps, 0)):
+        made.clear()
+        eval_dense.evaluate(Oracle(), "pairs", str(at), p, cache_gib=cache)
+        assert len(made) == times
+
+
+def test_an_error_without_words_is_a_line_too(capsys):
+    with pytest.raises(SystemExit, match="^error: UnicodeError$"), eval_dense.one_line():
+        raise UnicodeError
 
 
 def test_predictions_that_are_not_numbers_are_not_passed_over():
@@ -623,6 +673,7 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
     p = replace(PROTOCOLS["imagefolder"], image_size=16)
     result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
     assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
+    assert opened("imagefolder", tmp_path, image_size=18)[0][0]["image"].shape == (3, 16, 16)  # whole patches
     with pytest.raises(ValueError, match="--image-size 0: imagefolder cuts pictures to one side"):
         opened("imagefolder", tmp_path)
     (tmp_path / "val/c1").rename(tmp_path / "val/c2")
@@ -693,6 +744,9 @@ def test_pairs_and_random_crops(tmp_path):
     assert torch.equal(item["image"][0][2:], 50 * item["mask"][2:]) and len(first) == 24 and len(test) == 8
     torch.testing.assert_close(item["depth"][2:], item["mask"][2:] + 1.0)
     assert first.max_depth == test.max_depth == 4
+    save_map(tmp_path / "t/depth/train/0.png", 6000, "I;16", (32, 48))  # in fp32 6000 x 0.001 is more than 6
+    first, _ = opened("pairs", tmp_path / "t")
+    assert first.max_depth == 6 and first[0]["depth"].unique().tolist() == [6]
     (tmp_path / "t/classes.txt").write_text("# id name\n0\tred\n1\tblue\n2\tgreen\n3\tgrey\n4\tblack\n")
     assert opened("pairs", tmp_path / "t")[0].classes == ("red", "blue", "green", "grey", "black")
     only = opened("pairs", tree(tmp_path / "u", kinds=("masks",)), crop=40)[0]

@@ -25,9 +25,10 @@ rest and how the rate grows with the batch.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
 change nothing, nor do ranks, as long as the global batch is the same, but for what each draws by
-itself (skipped branches, mixup); a resumed run equals an unbroken one. In shapes: B pictures of
-side S, 2 global and L local views of each, N patches a view, M masked in all, width D, K
-prototypes.
+itself (skipped branches, mixup) and the meters `usage` and `cls_std`. With equal --steps, ranks,
+device, threads and --compile the weights of a resumed run equal an unbroken one's to the bit.
+In shapes: B pictures of side S, 2 global and L local views of each, V = 2 + L; N patches a view, M
+masked in all, width D, K prototypes; n: so many of whatever it is.
 """
 
 import argparse
@@ -39,14 +40,15 @@ import statistics
 import sys
 import time
 import zlib
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from signal import SIGTERM
 
-# Threads that wait for each other should not spin for long: beside a busy program on two cores,
-# Scenes are made at 5 pictures/s with GNU OpenMP's default, at 498 with this; alone at 628, 725.
+# Threads that wait for each other should not spin for long: beside a busy program on two cores
+# Scenes are made at 5 pictures/s with GNU OpenMP's default and at 498 with this; with the machine
+# to itself at 628 and 725.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
@@ -89,7 +91,7 @@ RECIPES = {
     "deit3": dict(
         supervised=True, ibot=0.0, koleo=0.0, lr=5e-4, lr_batch=512, lr_scaling="linear",
         wd=0.05, wd_end=0.05, warmup=5 / 800, clip=1.0, ema=0.99996, ema_end=0.99996,
-        global_scale=(0.08, 1.0), local_crops=0, drop_path=0.45, layerscale=1e-4, steps=500_000),
+        global_scale=(0.08, 1.0), drop_path=0.45, layerscale=1e-4, steps=500_000),
 }
 SCALES = {
     "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
@@ -256,7 +258,7 @@ def parse(argv) -> argparse.Namespace:
     scale = chosen.scale or ("small" if chosen.device == "cuda" else "nano")
     p.set_defaults(scale=scale)
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[scale])
-    if (chosen.recipe, scale) == ("deit3", "nano"):
+    if scale == "nano" and (chosen.supervised or chosen.recipe == "deit3"):
         p.set_defaults(**LABELS_AT_NANO)
     if chosen.init:  # it has learnt already, its heads have not: trials are in results/STUDY.md
         p.set_defaults(lr=1e-4, head_lr=10.0)
@@ -281,9 +283,10 @@ def parse(argv) -> argparse.Namespace:
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
         setattr(args, name, None)  # what a scale would have is not what this network has
     if args.supervised:  # one view a picture, and one loss
-        for name in ("ibot", "koleo"):
+        for name in ("ibot", "koleo", "local_crops"):
             if getattr(args, name) not in (0, p.get_default(name)):
-                p.error(f"argument --{name}: --supervised has one loss, of labels; leave this out")
+                p.error(f"argument --{name.replace('_', '-')}: --supervised has one view a picture "
+                        "and one loss, of labels; leave this out")
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
     if args.spec and not args.spec.strip(","):
         p.error("argument --spec: names nothing; leave it out, or give a comma list")
@@ -306,7 +309,8 @@ def parse(argv) -> argparse.Namespace:
 @lru_cache(maxsize=1)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     """The order of n pictures in an epoch."""
-    # Seeds are a million apart, so that no two runs of usual length share a random number.
+    # Seeds are a million apart, so that no two runs of usual length share a random number. Within a
+    # run epoch e's order has the seed of step e's views, which does no harm.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -354,7 +358,9 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int, list[str]]:
         bad = []
         for k in range(i, i + len(self.files)):
-            k %= len(self.files)  # in place of a file that cannot be read, the next one that can
+            # In place of a file that cannot be read the next one that can; and where there are too
+            # few for a batch, i may be beyond the last.
+            k %= len(self.files)
             try:
                 img = eval_dense.open_picture(self.files[k], upright=True, side=self.side)
             except ValueError as err:
@@ -460,8 +466,8 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     pixels; strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
     """
     h, w = img.shape[-2:]
-    u_share, u_ratio, u = u[:, :TRIES], u[:, TRIES : 2 * TRIES], u[:, 2 * TRIES :]
-    u = dict(zip(RANDOM, u.unbind(1)))
+    u_share, u_ratio, others = u.split((TRIES, TRIES, len(RANDOM)), dim=1)
+    u = dict(zip(RANDOM, others.unbind(1)))  # {name: (B,)}
 
     # What is drawn, a number a picture. The crop's aspect is 3/4 to 4/3, evenly in its logarithm.
     share = area[0] + (area[1] - area[0]) * u_share
@@ -475,12 +481,13 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     if three:
         one = (3 * u["grey"]).floor()
         grey, solarised, blurred = one == 0, one == 1, one == 2
-        jittered, most = u["jitter"] < 2, (0.3, 0.3, 0.3, 0.0)  # all of them, by these at the most
+        chance, most = 1.0, (0.3, 0.3, 0.3, 0.0)
     else:
         grey, solarised = u["grey"] < 0.2 * strength, u["solarise"] < solarise * strength
         blurred = u["blur"] < blur
-        # Brightness, contrast, saturation, hue: DINO's chance and limits.
-        jittered, most = u["jitter"] < 0.8, (0.4, 0.4, 0.2, 0.1)
+        chance, most = 0.8, (0.4, 0.4, 0.2, 0.1)
+    # Brightness, contrast, saturation, hue: how many pictures get a change, and its limits.
+    jittered = u["jitter"] < chance
     # DINO's are 0.1 to 2 px; 1e-2 blurs nothing, and is not 0, by which `blurring` divides.
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u["sigma"]), 1e-2)
     change = [torch.where(jittered, strength * limit * (2 * u[name] - 1), 0.0)
@@ -504,21 +511,24 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     return normalise(x.unflatten(2, (size, size)))
 
 
-def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, S, S) -> global views (2 B, 3, ..), local ones (L B, 3, ..), view after view."""
+def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor | None]:
+    """uint8 (B, 3, S, S) -> global views (2 B, 3, ..) and local ones (L B, 3, ..) or None, view
+    after view."""
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
     # Drawn for the global batch, on the CPU: the same numbers on any ranks and any device.
     u = torch.rand(b * ranks, 2 + args.local_crops, DRAWN, generator=draw)
     u = u[rank * b : (rank + 1) * b].to(img.device, non_blocking=True)
     # Global views hold most of a picture; local ones are cheap, and to say of a part what the
     # teacher says of the whole asks for what the part belongs to.
-    # Size, area, chances of blur and of solarise: DINO's two kinds of global view, and the local.
-    kinds = [(args.image_size, args.global_scale, 1.0, 0.0),
-             (args.image_size, args.global_scale, 0.1, 0.2)]
-    kinds += [(args.local_size, args.local_scale, 0.5, 0.0)] * args.local_crops
+    # DINO's two kinds of global view, and the local.
+    whole = dict(size=args.image_size, area=args.global_scale)
+    part = dict(size=args.local_size, area=args.local_scale)
+    kinds = [whole | dict(blur=1.0, solarise=0.0), whole | dict(blur=0.1, solarise=0.2)]
+    kinds += [part | dict(blur=0.5, solarise=0.0)] * args.local_crops
     img, reach = img / 255, 2 * args.image_size / 224  # DINO blurs by 2 px at the most, at 224 px
-    views = [view(img, u[:, i], *kind, reach, args.colour) for i, kind in enumerate(kinds)]
-    return torch.cat(views[:2]), torch.cat(views[2:]) if args.local_crops else img[:0]
+    views = [view(img, u[:, i], **kind, reach=reach, strength=args.colour)
+             for i, kind in enumerate(kinds)]
+    return torch.cat(views[:2]), (torch.cat(views[2:]) if args.local_crops else None)
 
 
 def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, ranks: int):
@@ -528,13 +538,12 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
     u = torch.rand(b * ranks, DRAWN, generator=draw)[rank * b : (rank + 1) * b]
     u = u.to(img.device, non_blocking=True)
     size, n, img = args.image_size, args.classes, img / 255
-    views = view(img, u, size, args.global_scale, 0, 0, 2 * size / 224, args.colour, three=True)
-    targets = F.one_hot(labels, n)
+    views = view(img, u, size, args.global_scale, blur=0, solarise=0, reach=2 * size / 224,
+                 strength=args.colour, three=True)
     # Mixed pictures are new in every epoch, so that labels are not learnt by heart.
-    ways = [v2.MixUp(alpha=args.mixup, num_classes=n)] if args.mixup else []
-    ways += [v2.CutMix(alpha=args.cutmix, num_classes=n)] if args.cutmix else []
-    if ways:
-        views, targets = v2.RandomChoice(ways)(views, labels)
+    ways = [way(alpha=alpha, num_classes=n)
+            for way, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    views, targets = v2.RandomChoice(ways)(views, labels) if ways else (views, F.one_hot(labels, n))
     # As they are, for `top1`: a mixture has no one right class.
     clean = F.interpolate(img, (size, size), mode="bilinear", antialias=True)
     # DeiT-III: each class of a mixture is there, and is asked for by itself.
@@ -598,7 +607,8 @@ def inputs(args, img: Tensor, labels: Tensor, patch: int, step: int, rank: int, 
 
 
 class AllSum(torch.autograd.Function):
-    """x of every rank -> their sum, on all; so its gradient is the sum of all ranks' gradients."""
+    """x of every rank -> their sum, on all; so its gradient is the sum of all ranks' gradients.
+    (torch.distributed.nn has the same, deprecated.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -617,7 +627,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.Module):
-    """(B, D) -> mean 0, variance 1 over the batch of all ranks; no affine, no running averages.
+    """(n, D) -> mean 0, variance 1 over the batch of all ranks; no affine, no running averages.
     (torch's SyncBatchNorm is the same, but refuses to work on a CPU.)"""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -629,18 +639,19 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, D) -> logits in [-1, 1] over K prototypes: an MLP, then the cosine with each."""
+    """Tokens (n, D) -> logits (n, K) in [-1, 1] over prototypes: an MLP, then the cosine with each.
+    """
 
     def __init__(self, width: int, bottleneck: int, prototypes: int, layers: int, hidden: int,
                  norm: str):
         super().__init__()
         # Layers that are thrown away afterwards: what serves this task alone is learnt in them.
-        widths, steps = [width, *[hidden] * (layers - 1), bottleneck], []
+        widths, parts = [width, *[hidden] * (layers - 1), bottleneck], []
         for i, o in zip(widths, widths[1:]):
-            steps.append(nn.Linear(i, o, bias=norm == "none"))  # a norm would undo a bias
-            steps += [BatchNorm()] if norm == "batch" else []
-            steps.append(nn.GELU())
-        self.mlp = nn.Sequential(*steps[:-1])  # no GELU at the end: a cosine wants both signs
+            parts.append(nn.Linear(i, o, bias=norm == "none"))  # a norm would undo a bias
+            parts += [BatchNorm()] if norm == "batch" else []
+            parts.append(nn.GELU())
+        self.mlp = nn.Sequential(*parts[:-1])  # no GELU at the end: a cosine wants both signs
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck))
         for name, p in self.named_parameters():
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
@@ -648,15 +659,17 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Both of unit length: no picture wins by being loud, and no prototype by being long.
         x = F.normalize(self.mlp(x).float(), dim=-1)
-        # weight_norm's operator: F.normalize(self.last) at half the time, 6 % of a ViT-S step of 4.
+        # weight_norm's operator: F.normalize(self.last) in half the time, which spares 6 % of a
+        # ViT-S step of 4 pictures.
         last = torch._weight_norm(self.last, self.last.new_ones(len(self.last), 1), 0)
         return F.linear(x, last).float()
 
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
-    """Teacher logits (B, K), cosines -> targets (B, K): rows sum to 1, prototypes are used equally.
-    Sinkhorn-Knopp over the batches of all ranks, as in SwAV (arXiv 2006.09882) and DINOv2."""
+    """Teacher logits (n, K), cosines, of all global views or all masked patches -> targets (n, K):
+    rows sum to 1, prototypes are used equally. Sinkhorn-Knopp over the batches of all ranks, as in
+    SwAV (arXiv 2006.09882) and DINOv2."""
     # Without it one prototype could take all pictures, and the student's task would be trivial.
     q = torch.exp((logits - 1) / temp)  # at most 1
     for _ in range(iterations):  # each undoes a little of what the other did, less every time
@@ -667,7 +680,7 @@ def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
 
 @torch.no_grad()
 def ema_centre(logits: Tensor, temp: float, centre: Tensor) -> Tensor:
-    """Teacher logits (B, K) -> softmax((logits - centre) / temp), DINO's older way against one
+    """Teacher logits (n, K) -> softmax((logits - centre) / temp), DINO's older way against one
     prototype that takes all. arXiv 2104.14294, equation 4."""
     out = F.softmax((logits - centre) / temp, dim=-1)
     # `centre` (K,) goes a tenth of the way to the mean logits of all ranks, if there are any: a
@@ -684,7 +697,8 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     student: (V, B, K) logits, the two global views first; teacher: (2, B, K) targets.
     """
     student = student / temp
-    dots = torch.einsum("tbk,vbk->tvb", teacher, student)  # log softmax = student - logsumexp
+    # log softmax = student - logsumexp: two steps, which spare a tensor (V, B, K).
+    dots = torch.einsum("tbk,vbk->tvb", teacher, student)
     # A row of targets sums to 1, but for rows of Sinkhorn's that have underflowed to 0.
     loss = (teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots).mean(-1)  # (2, V)
     other = 1 - torch.eye(*loss.shape, device=loss.device)  # a view does not learn from itself
@@ -736,7 +750,9 @@ class Network(nn.Module):
         super().__init__()
         spec = {k: getattr(args, k) for k in SPEC}
         if args.init:
-            with torch.random.fork_rng(devices=[]):  # so that `load` makes the same start again
+            # What `load` draws must not move the heads' numbers: `untrained` is made again from the
+            # seed alone.
+            with torch.random.fork_rng(devices=[]):
                 given = clsspec.load(args.init).config
             spec = {} if given.spec and not args.spec else spec  # keep what it has
             cfg = clsspec.checked(replace(given, drop_path=args.drop_path, **spec))
@@ -764,9 +780,10 @@ class Network(nn.Module):
             self.register_buffer(name, torch.zeros(args.prototypes))
 
     def forward(self, global_views: Tensor, local_views=None, mask=None, chosen=None):
-        """Views (2 B, ..), (L B, ..); mask: (2 B, N); chosen: (M,) indices into all 2 B N patches.
+        """Views (2 B, ..), (L B, ..) or None; mask: (2 B, N); chosen: (M,) indices into all 2 B N
+        patches.
 
-        Returns cls (2 B, D) of the global views, [CLS] logits (2 + L, B, K), patch logits (M, K);
+        Returns cls (2 B, D) of the global views, [CLS] logits (V, B, K), patch logits (M, K);
         supervised, of views (B, ..), logits of classes (B, classes).
         """
         with torch.autocast(*self.cast):
@@ -774,7 +791,7 @@ class Network(nn.Module):
             if self.supervised:
                 return self.cls_head(out["cls"]).float()
             cls = [out["cls"]]
-            if len(local_views):
+            if local_views is not None:
                 cls.append(self.backbone(local_views, cls_only=True)["cls"])
             logits = self.cls_head(torch.cat(cls))
             logits = rearrange(logits, "(v b) k -> v b k", b=len(global_views) // 2)
@@ -784,10 +801,11 @@ class Network(nn.Module):
             return cls[0], logits, self.patch_head(patches)
 
 
-def distil(args, student, teacher: Network, global_views: Tensor, local_views: Tensor, mask, temp):
+def distil(args, student, teacher: Network, global_views: Tensor, local_views, mask, temp):
     """Self-distillation, one pass of both networks: weighted terms of the loss, and meters of
     collapse; all scalars. mask: (2 B, N) bool on the CPU, or None without iBOT."""
     chosen, device = None, global_views.device
+    # How many patches are hidden is known on the CPU, without waiting for the GPU.
     if mask is not None:
         chosen = mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
         # A view counts once, however many of its patches are hidden.
@@ -800,7 +818,7 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views: T
 
     # The teacher sees the global views only, and without holes: it knows more than the student.
     with torch.no_grad():
-        cls, logits, patch_logits = teacher(global_views, local_views[:0], None, chosen)
+        cls, logits, patch_logits = teacher(global_views, chosen=chosen)
         cls_target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
     student_cls, student_logits, student_patch = student(global_views, local_views, mask, chosen)
     terms = {"dino": dino_loss(student_logits, cls_target, args.student_temp)}
@@ -826,7 +844,8 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views: T
 
 def supervise(student, teacher: Network, views: Tensor, targets: Tensor, clean: Tensor, labels):
     """Binary cross-entropy of mixed views, nats, mean over classes; and as a meter `top1`, %: how
-    often the averaged network is right about the pictures as they are."""
+    often the averaged network is right about this batch's pictures as they are, which is no test.
+    """
     loss = F.binary_cross_entropy_with_logits(student(views), targets)
     with torch.no_grad():
         right = teacher(clean).argmax(1) == labels
@@ -841,7 +860,7 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
     """From `start` to `end` along half a cosine, after a linear rise from 0, of `warmup` steps, the
     last of which is at `start`."""
     if step < warmup:
-        return start * step / max(warmup - 1, 1)
+        return start * step / (warmup - 1) if warmup > 1 else start
     share = (step - warmup) / max(steps - warmup, 1)
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
@@ -877,7 +896,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
-    # `kinds`: parts of a name, the first that fits; what they learn at may differ.
+    # `kinds`: parts of a name, the first that fits; what they learn at may differ. "cls" are
+    # [CLS]'s copies in clsspec.Specialised; "last", the prototypes, are parts of the heads.
     groups, kinds = {}, ("last", "patch_embed", "cls", "cls_head", "patch_head")
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -991,12 +1011,9 @@ class RunFolder:
         if self.begun and self.saved is None:
             for name in ("config.json", "log.jsonl"):
                 (self.path / f"{name}{self.new}").unlink(missing_ok=True)
-        (self.path / ".lock").unlink(missing_ok=True)
-        self.lock.close()
-        try:
-            self.path.rmdir()
-        except OSError:  # there is something in it, as there should be
-            pass
+        for leave in ((self.path / ".lock").unlink, self.lock.close, self.path.rmdir):
+            with suppress(OSError):  # a folder that has something in it, as it should, stays
+                leave()
 
     def begin(self, args, config: clsspec.Config, first: int, ranks: int) -> int:
         """Write config.json, and a log.jsonl that ends at the step where this run begins; returns
@@ -1071,8 +1088,9 @@ class RunFolder:
 
 
 # What may differ between a run and its continuation; --batch-size, if the global batch does not.
-FREE = {"resume", "overwrite", "download", "dry_run", "out", "workers", "device", "compile",
-        "checkpointing", "log_every", "save_every", "probe_every", "probe", "batch_size", "steps"}
+MAY_DIFFER = {"resume", "overwrite", "download", "dry_run", "out", "workers", "device", "compile",
+              "checkpointing", "log_every", "save_every", "probe_every", "probe", "batch_size",
+              "steps"}
 
 
 def as_json(args) -> dict:
@@ -1084,20 +1102,22 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
     """Load --out/last.pt into all three; returns its step, and its --steps, which may have been
     others. ValueError: missing or foreign."""
     path = args.out / "last.pt"
-    need(path.exists(), f"--resume: there is no {path}; leave out --resume, or correct --out")
+    need(path.exists(), f"--resume: there is no {path}; start anew with --overwrite in place of "
+         "--resume, or correct --out")
     state = clsspec.read(path)
     wanted = {"args": dict, "step": int, "global_batch": int, "student": dict, "teacher": dict,
               "optimizer": dict}
     need(all(isinstance(state.get(key), kind) for key, kind in wanted.items()),
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
     theirs, step = state["args"], state["step"]
-    now = as_json(args)
-    differ = {name for name in now.keys() - FREE if theirs.get(name, now[name]) != now[name]}
-    if now["found"] and now["found"] == theirs.get("found"):
+    ours = as_json(args)
+    differ = {name for name in ours.keys() - MAY_DIFFER
+              if theirs.get(name, ours[name]) != ours[name]}
+    if ours["found"] and ours["found"] == theirs.get("found"):
         differ -= {"data", "root"}  # the same pictures in another place
     flag = {name: f"--{name.replace('_', '-')}" for name in differ}
     flag |= {"found": "--data with", "classes": "classes:"}
-    odd = [f"{flag[name]} {theirs[name]} (now {now[name]})" for name in sorted(differ)]
+    odd = [f"{flag[name]} {theirs[name]} (now {ours[name]})" for name in sorted(differ)]
     batch, here = state["global_batch"], args.batch_size * ranks
     if batch != here:
         odd.append(f"a global batch of {batch} pictures (now {here} = --batch-size "
@@ -1209,6 +1229,7 @@ def bench(args, rank: int, ranks: int) -> None:
             take(step)
         return take, student.backbone.config.patch
 
+    # A wider MLP is how a plain network gets as many parameters: it is given, not plain.
     usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
     bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
     given, patch = stepper(args)
@@ -1226,8 +1247,8 @@ def bench(args, rank: int, ranks: int) -> None:
         for i in torch.randperm(len(calls), generator=draw).tolist():
             name, start = list(calls)[i], time.perf_counter()
             calls[name](step)
-            if cuda:
-                torch.cuda.synchronize()
+            if args.device != "cpu":
+                torch.accelerator.synchronize()
             times[name].append(time.perf_counter() - start)
     # torch counts what it sees step by step, and of attention only its plain form.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
@@ -1270,7 +1291,8 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
            for name, side in sides.items() if side % cfg.patch]
     need(not odd, f"{' and '.join(odd)}: no multiple of the patch, {cfg.patch} px")
     need(args.source_size >= args.image_size, f"--source-size {args.source_size} is less than "
-         f"--image-size {args.image_size}: views would be blown up; raise it to that or more")
+         f"--image-size {args.image_size}: even a view of a whole picture would be blown up; "
+         "raise it to that or more")
     need(not args.koleo or args.batch_size > 1, "KoLeo needs a neighbour for every picture: give "
          "--batch-size 2 or more, or --koleo 0")
     if args.dry_run:
@@ -1349,7 +1371,7 @@ def final_table(args) -> None:
 
 def own_table(args, folder: Folder) -> None:
     """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
-    # Some 5,000, from all classes: files are sorted by them.
+    # Up to 10,000, from all classes: files are sorted by them.
     some = range(0, len(folder), max(len(folder) // 5000, 1))
     rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
     print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
@@ -1373,8 +1395,8 @@ def own_table(args, folder: Folder) -> None:
 
 def run(args, rank: int, ranks: int) -> None:
     """Set up, step after step, and judge; what is printed and written is rank 0's."""
-    start, main, cuda = time.time(), rank == 0, args.device == "cuda"
-    say = print if main else lambda *_, **__: None
+    start, first_rank, cuda = time.time(), rank == 0, args.device == "cuda"
+    say = print if first_rank else lambda *_, **__: None
     eval_dense.check_device(args)
     scenes = args.data == "scenes"
     eval_dense.check_download(args)
@@ -1385,7 +1407,8 @@ def run(args, rank: int, ranks: int) -> None:
         # A dry run fetches nothing; its message says how large the set is.
         fetch = args.download and not args.dry_run
         folder = Folder(args.data, args.source_size, args.root, fetch)
-    # A resumed run must find the same pictures: see `resume`.
+    # Three values that are no flags join them, so that checkpoints hold and `resume` compares them:
+    # the pictures found, the number of classes, the precision.
     args.found = folder.found() if folder else None
     if folder:
         args.classes = len(folder.classes)
@@ -1408,13 +1431,13 @@ def run(args, rank: int, ranks: int) -> None:
         say(f"note: {len(folder)} picture(s) are less than a batch of {args.batch_size * ranks}; "
             "some are in it several times")
     if args.dry_run:
-        return describe(args, shape, ranks) if main else None
+        return describe(args, shape, ranks) if first_rank else None
     if args.bench:
         return bench(args, rank, ranks)
     del shape
 
     torch.manual_seed(args.seed)
-    with closing(RunFolder(args)) if main else nullcontext() as out:
+    with closing(RunFolder(args)) if first_rank else nullcontext() as out:
         if ranks > 1:
             dist.barrier()  # the others begin when the first one has the folder
         student = Network(args).to(args.device)
@@ -1425,7 +1448,7 @@ def run(args, rank: int, ranks: int) -> None:
             if before != args.steps:
                 say(f"--steps was {before} and is {args.steps} now: learning rate, decay and "
                     "teacher go on by the schedules of the new length")
-        if main:
+        if first_rank:
             skipped = out.begin(args, student.backbone.config, first, ranks)
         uniform = f"; `dino` begins near ln {args.prototypes} = {math.log(args.prototypes):.2f}, " \
                   "and falls as the network learns"
@@ -1433,7 +1456,8 @@ def run(args, rank: int, ranks: int) -> None:
         # Several ranks leave together, at a logged step; until then a signal waits.
         with signals.held() if ranks > 1 else nullcontext():
             loop(args, folder, out, student, teacher, optimizer, first, skipped, rank, ranks)
-        if main and args.probe:
+        if first_rank and args.probe:
+            # Of fewer than 20 pictures a tenth says nothing.
             if folder and sorted_out and not args.supervised and len(folder) >= 20:
                 own_table(args, folder)
             else:
@@ -1452,14 +1476,15 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
     n = epoch_size(args, folder, batch)
     done, window, tick = first, [], 0.0
-    cpu, threads, said = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
-    told = args.supervised or args.steps - first < 200
+    # `warned`, `foretold`: what is said once, or needs not be said.
+    cpu, threads, warned = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
+    foretold = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
                     dynamic_ncols=True, mininterval=eval_dense.REDRAW)
 
     def log(found: dict) -> None:
         """A line with the means since the last one, over all ranks."""
-        nonlocal window, tick, cpu, said, told
+        nonlocal window, tick, cpu, warned, foretold
         rows = all_sum(torch.stack(window)).cpu() / ranks  # the one place that waits for a GPU
         kept = out.kept() if out else "as on all ranks"
         check_finite(rows, list(values), done - len(rows) + 1, kept)
@@ -1471,14 +1496,14 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
         progress.set_postfix_str(f"{shown} {line[shown]:.3f}, {line['img_per_s']:.0f} img/s")
         if out:
             out.log(line)
-        if out and not told and done - first >= 100:
-            told, left = True, (args.steps - done) * batch / line["img_per_s"] / 60
+        if out and not foretold and done - first >= 100:
+            foretold, left = True, (args.steps - done) * batch / line["img_per_s"] / 60
             knows = f"{line['dino']:.2f}; knowing nothing it is {math.log(args.prototypes):.2f}"
             progress.write(f"step {done}: `dino`, how badly one crop's [CLS] foretells another's, "
                            f"is {knows}. About {left:.0f} minutes to go")
         had = (time.process_time() - cpu) / (time.time() - tick)  # CPUs, on average
-        if threads > 1 and had < 0.6 * threads and len(window) > 1 and not said:
-            said = True  # two runs on two cores: 3 s a step with two threads each, 0.35 with one
+        if threads > 1 and had < 0.6 * threads and len(window) > 1 and not warned:
+            warned = True  # two runs on two cores: 3 s a step with two threads each, 0.35 with one
             progress.write(f"other programs are at work: {threads} threads get {had:.1f} CPUs and "
                            "wait for each other; stop, put OMP_NUM_THREADS=1 before the command, "
                            "and go on with --resume")
@@ -1509,13 +1534,17 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             logging = done % args.log_every == 0
             probing = args.probe_every and done % args.probe_every == 0
             saving = done == args.steps or done % args.save_every == 0
+            began = time.time(), time.process_time()
             found = probe(teacher.backbone) if out and probing else {}
+            # Left out of img_per_s, which is of training, as is what saving takes.
+            tick, cpu = tick + time.time() - began[0], cpu + time.process_time() - began[1]
             with signals.held():
                 # Logged first: what is not finite is found before it could be saved.
                 if logging or probing or saving:
                     log(found)
                 if saving:
                     save()
+                    tick, cpu = time.time(), time.process_time()
             if ranks > 1 and logging:  # they agree
                 came = torch.tensor(float(signals.came), device=args.device)
                 if all_sum(came).item():

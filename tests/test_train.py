@@ -23,6 +23,8 @@ import eval_dense
 import train
 from conftest import QUICK, save_map
 
+LABELS = ["--recipe", "deit3", "--local-crops", "0"]
+
 
 # --- losses ------------------------------------------------------------------------------------------
 
@@ -133,6 +135,9 @@ def test_schedules_start_peak_and_end_where_they_should():
     assert last["wd"] == pytest.approx(0.2) and last["ema"] == pytest.approx(1) and last["temp"] == 0.07
     assert train.schedule(args, 37_500, 96)["temp"] == pytest.approx(0.07)
     assert train.schedule(args, 18_750, 96)["temp"] == pytest.approx(0.055)
+    assert [train.cosine(step, 9, 2.0, 0.0, warmup=1) for step in (0, 1)] == [2, 2]
+    labels = [train.parse(["--scale", "nano", *flags]) for flags in (["--supervised"], ["--recipe", "deit3"])]
+    assert [(args.lr, args.layerscale, args.local_crops) for args in labels] == [(1e-3, 0.1, 0)] * 2
     args = train.parse(["--scale", "large", "--recipe", "dino"])
     assert train.schedule(args, 12_510, 32)["lr"] == pytest.approx(5e-4 * 4)  # linear in the batch: 1024 / 256
 
@@ -388,7 +393,8 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
     (["--root", "x"], "argument --root: is for sets by name"),
     (["--bench", "1", "--resume"], "argument --bench: times steps of noise"),
     (["--bench", "1", "--download", "--data", "pets"], "argument --bench: times steps of noise"),
-    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one loss"),
+    (["--supervised", "--koleo", "3"], "argument --koleo: --supervised has one view a picture and one loss"),
+    (["--supervised", "--local-crops", "8"], "argument --local-crops: --supervised has one view"),
     (["--recipe", "deit3", "--ibot", "2"], "argument --ibot: --supervised"),
     (["--seed", str(10**10 + 1)], "argument --seed: 10000000001 is outside 0 to")])
 def test_flags_that_mean_nothing_are_refused(flags, words, capsys):
@@ -473,7 +479,7 @@ def test_a_run_does_not_replace_what_it_starts_from(tmp_path):
 
 def test_a_dry_run_looks_at_its_pictures_and_fetches_none(tmp_path, capsys, monkeypatch):
     pictures(tmp_path / "set")
-    train.main([*QUICK, "--recipe", "deit3", "--data", str(tmp_path / "set"), "--dry-run"])
+    train.main([*QUICK, *LABELS, "--data", str(tmp_path / "set"), "--dry-run"])
     assert "3 classes" in capsys.readouterr().out
     assert "neither 'scenes', nor a folder" in error("--data", tmp_path / "none", "--dry-run")
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive",
@@ -511,7 +517,7 @@ def test_head_lr_is_of_the_heads_alone():
 
 
 def test_positions_and_cls_are_free_of_decay_with_labels_as_in_deit():
-    args = train.parse([*QUICK, "--recipe", "deit3"])
+    args = train.parse([*QUICK, *LABELS])
     args.classes = 3
     student = train.Network(args)
     free = {id(p) for group in train.make_optimizer(args, student).param_groups if group["free"] for p in group["params"]}
@@ -555,7 +561,7 @@ def test_jitter_of_three_augment_is_brightness_contrast_saturation():
 
 @pytest.mark.parametrize("mixup, cutmix", [(0, 0), (0.8, 0), (0, 1.0), (0.8, 1.0)])
 def test_targets_are_what_is_in_the_mixture(mixup, cutmix):
-    args = train.parse(QUICK + ["--recipe", "deit3", "--mixup", str(mixup), "--cutmix", str(cutmix), "--colour", "0"])
+    args = train.parse(QUICK + [*LABELS, "--mixup", str(mixup), "--cutmix", str(cutmix), "--colour", "0"])
     args.classes, labels = 5, torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     img = (labels[:, None, None, None] * 40).expand(-1, 3, 32, 32).to(torch.uint8)
     torch.manual_seed(0)
@@ -694,6 +700,23 @@ def test_a_run_leaves_what_it_should_and_its_checkpoint_loads(tmp_path):
     assert not list((tmp_path / "a").glob("*.tmp"))
 
 
+def test_pictures_a_second_are_of_training_alone(tmp_path, monkeypatch):
+    clock, save = {"now": 1.0}, train.RunFolder.save
+
+    def tick():
+        clock["now"] += 1
+        return clock["now"]
+
+    def wait():  # a long time
+        clock["now"] += 1e6
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=tick, process_time=tick, sleep=time.sleep))
+    monkeypatch.setattr(train, "probe", lambda vit: wait() or {"miou": 1.0})
+    monkeypatch.setattr(train.RunFolder, "save", lambda self, state: wait() or save(self, state))
+    run(tmp_path / "a", "--probe-every", 2, "--save-every", 1, "--log-every", 1)
+    assert min(line["img_per_s"] for line in logged(tmp_path / "a")) > 0.1
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--checkpointing"], ["--recipe", "dino"],
                                    ["--no-separate-head"], ["--mask-share", "0"],
                                    ["--head-norm", "none"], ["--spec-init", "fresh"]])
@@ -805,7 +828,7 @@ def test_labels_of_folders_are_learnt(tmp_path):
         torchvision.transforms.v2.functional.to_pil_image(img).save(tmp_path / "set" / "abc"[i % 3] / f"deeper/{i}.png")
     folder = train.Folder(str(tmp_path / "set"), 32)
     assert list(folder.classes) == ["a", "b", "c"] and [folder[i][1] for i in (0, 8, 23)] == [0, 1, 2]
-    flags = ["--recipe", "deit3", "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2",
+    flags = [*LABELS, "--data", tmp_path / "set", "--batch-size", 12, "--lr", "2e-2",
              "--mixup", 0, "--cutmix", 0,
              "--colour", 0, "--ema", 0.5, "--steps", 100, "--workers", 0]
     state = run(tmp_path / "r", *flags)
@@ -819,7 +842,7 @@ def test_labels_of_folders_are_learnt(tmp_path):
 
 
 def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
-    flags = ["--recipe", "deit3", "--drop-path", 0.2]
+    flags = [*LABELS, "--drop-path", 0.2]
     whole = run(tmp_path / "whole", *flags, "--steps", 4)
     code, save = [], train.RunFolder.save
     monkeypatch.setattr(train.RunFolder, "save", lambda self, state: (
@@ -845,7 +868,7 @@ def test_a_supervised_run_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     (["--batch-size", 1], "KoLeo needs a neighbour"),
     (["--data", "nowhere"], "--data nowhere: neither"),
     (["--device", "cuda"], "--device cuda: torch sees no GPU"),
-    (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt")])
+    (["--resume", "--out", "nowhere"], "there is no nowhere/last.pt; start anew with --overwrite in place of --resume")])
 def test_bad_flags_are_one_clear_line(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -871,7 +894,7 @@ def test_unknown_names_list_the_known_ones(flags, capsys):
 
 def test_labels_want_a_folder_for_each_class(tmp_path):
     pictures(tmp_path / "set")
-    flags = ["--recipe", "deit3", "--out", tmp_path / "r", "--data"]
+    flags = [*LABELS, "--out", tmp_path / "r", "--data"]
     assert "must be a folder that has a folder of pictures for each class" in error(*flags, tmp_path / "set/class1")
     files = "\n".join(map(str, (tmp_path / "set").rglob("*.JPEG")))
     (tmp_path / "list.txt").write_text(files)
@@ -1178,7 +1201,7 @@ def test_bench_compares_what_it_says(monkeypatch, capsys, tmp_path):
     torch.save(train.Network(train.parse(QUICK)).backbone.state_dict(), "w.pth")
     train.main([*QUICK, "--init", "w.pth", "--spec", "norms", "--bench", "1"])
     assert [c[2] for c in calls[-4:-1]].count(()) == 2  # plain is plain then, too
-    train.main([*QUICK, "--recipe", "deit3", "--bench", "1"])
+    train.main([*QUICK, *LABELS, "--bench", "1"])
     assert "views alone" in capsys.readouterr().out
     run(Path("spec"), "--spec", "norms", "--steps", "1")
     for flags in ([], ["--spec", "norms"]):

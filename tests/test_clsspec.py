@@ -64,17 +64,10 @@ def tokens(model, img, **more):
     return torch.cat([out["cls"][:, None], out["registers"], out["patches"]], 1)
 
 
-def test_plain_vit_equals_its_equations():
-    model, img = vit(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(tokens(model, img), naive(model, img), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("spec, rank", [(s, 0) for s in EVERY_SPEC] + [(s, 2) for s in EVERY_SPEC if "qkv" in s])
-def test_specialising_changes_no_output(spec, rank):
-    model, img = vit(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    before = tokens(model, img)
-    specialize(model, spec, blocks=2, rank=rank)
-    torch.testing.assert_close(tokens(model, img), before, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("side", [32, 64])  # 17 and 65 tokens: by plain and by fused attention
+def test_plain_vit_equals_its_equations(side):
+    model, img = vit(image_size=side), torch.randn(2, 3, side, side, dtype=torch.float64)
+    torch.testing.assert_close(tokens(model, img), naive(model, img), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("spec", EVERY_SPEC, ids=",".join)
@@ -108,14 +101,6 @@ def test_specialised_layers_equal_two_separate_layers(spec):
     for name, grad in their_grads.items():
         if grad is not None:
             torch.testing.assert_close(our_grads[name], grad, atol=1e-10, rtol=1e-10, msg=name)
-
-
-@pytest.mark.parametrize("layerscale", [0.0, 0.1])
-def test_gradients_of_a_specialised_model_by_finite_differences(layerscale):
-    """Fork adds into a gradient in place: the gradient of the picture must still be the true one."""
-    model = specialize(vit(layerscale=layerscale, depth=2), COMPONENTS, blocks=1)
-    img = torch.randn(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: tokens(model, x).square().sum(), img, fast_mode=True)
 
 
 def test_a_low_rank_copy_is_a_low_rank_update():
@@ -274,14 +259,15 @@ def test_flops_formula_equals_torchs_counter():
     assert flops(model.config, 32, 48) == 2 * n * 3 * 64 * d + 3 * (24 * t * d * d + 4 * t * t * d)
 
 
-def test_positions_are_resampled_in_both_public_ways():
+def test_positions_are_resampled_in_the_three_public_ways():
     model = vit()
     grid = model.pos_embed[0, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     assert model.positions(4, 4) is model.pos_embed
     dino = F.interpolate(grid, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
     timm = F.interpolate(grid, size=(6, 3), mode="bicubic", antialias=True)
-    for antialias, expected in ((False, dino), (True, timm)):
-        model.config = clsspec.replace(model.config, pos_antialias=antialias)
+    hub = F.interpolate(grid, size=(6, 3), mode="bicubic")
+    for offset, antialias, expected in ((0.1, False, dino), (0.1, True, timm), (0.0, False, hub)):
+        model.config = clsspec.replace(model.config, pos_offset=offset, pos_antialias=antialias)
         ours = model.positions(6, 3)
         assert ours.shape == (1, 19, 32) and torch.equal(ours[:, 0], model.pos_embed[:, 0])
         torch.testing.assert_close(ours[0, 1:].float(), expected.flatten(2)[0].T.float(), atol=1e-6, rtol=0)
@@ -481,15 +467,14 @@ def test_class_attention_is_the_first_row_of_attention_and_leaves_patches_alone(
     assert model(img, layers=(1,))["patches"].shape == (2, 16, 32)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("spec", [("norms",), ("norms", "qkv"), clsspec.COMPONENTS], ids=",".join)
-@pytest.mark.parametrize("path", ["patch", "cls"])
-@pytest.mark.parametrize("variant", ["registers", "bias", "entmax", "all"])
-def test_specialising_a_variant_changes_no_output(variant, path, spec, rank):
-    if (path == "cls" and not VARIANTS[variant].get("registers")) or (rank and "qkv" not in spec):
-        with pytest.raises(ValueError, match="registers path|needs qkv in spec"):
-            specialize(vit(**VARIANTS[variant]), spec, rank=rank, registers_path=path)
-        return
+SPECIALISED = [
+    (variant, path, spec, rank) for variant, path, spec, rank in product(
+        ("plain", "registers", "bias", "entmax", "all"), ("patch", "cls"), EVERY_SPEC, (0, 2))
+    if (path == "patch" or VARIANTS[variant].get("registers")) and (not rank or "qkv" in spec)]
+
+
+@pytest.mark.parametrize("variant, path, spec, rank", SPECIALISED)
+def test_specialising_changes_no_output(variant, path, spec, rank):
     model, img = vit(**VARIANTS[variant]), picture(h=24)
     before = tokens(model, img)
     specialize(model, spec, blocks=2, rank=rank, registers_path=path)
@@ -559,21 +544,9 @@ def test_a_variant_starts_as_the_plain_model_of_its_seed(changes):
     assert all(variant[k].std() > 0 for k in variant.keys() - plain)
 
 
-FLOPS = VARIANTS | {"narrow": dict(mlp_ratio=2.5)}
-
-
-@pytest.mark.parametrize("changes", FLOPS.values(), ids=FLOPS)
-def test_flops_of_variants_equal_torchs_counter(changes):
-    model = ViT(config("nano", **TINY, **changes))
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, math:
-        model(torch.randn(1, 3, 32, 48))
-    assert counter.get_total_flops() == flops(model.config, 32, 48)
-
-
 @pytest.mark.parametrize("size", ["large", "huge"])
 def test_large_models_go_forward_and_backward(size):
-    cfg = config(size, depth=6, image_size=28, patch=14, spec=("norms", "qkv"), registers=4, attn_bias=True)
+    cfg = config(size, depth=3, image_size=28, patch=14, spec=("norms", "qkv"), registers=4, attn_bias=True)
     with torch.device("meta"):
         model = ViT(cfg)
     model = model.to_empty(device="cpu")  # drawing 600 M random numbers takes longer than the test
@@ -605,7 +578,8 @@ def test_every_combination_trains_or_is_refused(recipe, attn, class_attn, tmp_pa
     monkeypatch.setitem(clsspec.SIZES, "nano", (32, 3, 2, 8))
     flags = QUICK + ["--recipe", recipe, "--attn", attn, "--class-attn", class_attn, "--overwrite", "--steps", "2"]
     flags += ["--local-crops", "0"] if recipe == "deit3" else []
-    for spec, registers, bias in product(["", "norms,qkv"], [0, "patch", "cls"], [False, True]):
+    every = list(product(["", "norms,qkv"], [0, "patch", "cls"], [False, True]))
+    for spec, registers, bias in every if recipe == "dinov2" else (every[0], every[-1]):
         more = ["--spec", spec, "--out", str(tmp_path), "--attn-bias" if bias else "--no-attn-bias"]
         if registers:
             more += ["--registers", "2", "--registers-path", registers]
@@ -905,11 +879,6 @@ def test_networks_of_a_checkpoint(tmp_path):
     torch.save(state | {"model": cfg, "args": {"seed": 5}}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="cannot be used as a checkpoint"):
         clsspec.load(tmp_path / "last.pt", "student")
-    both = {k: layouts()["DINO"][0].state_dict() for k in ("teacher", "student")}  # public, of two networks
-    both["student"]["norm.bias"] = both["student"]["norm.bias"] + 1
-    torch.save(both, tmp_path / "both.pth")
-    student = clsspec.load(tmp_path / "both.pth", "student").norm.bias
-    assert torch.equal(student, clsspec.load(tmp_path / "both.pth", "teacher").norm.bias + 1)
 
 
 def test_a_start_has_the_specialisation_that_is_asked_for(tmp_path):
@@ -937,9 +906,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match="text.pth is no checkpoint that torch can load"):
         clsspec.load(tmp_path / "text.pth")
-    torch.save(state, tmp_path / "v2.pth")
-    with pytest.raises(ValueError, match="nobody knows its untrained network"):
-        clsspec.load(tmp_path / "v2.pth", "untrained")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # torch's format before 1.6
     assert clsspec.load(tmp_path / "old.pth").config.width == 64
     torch.save([1, 2], tmp_path / "list.pth")

@@ -19,6 +19,7 @@ import eval_dense
 import train
 from analyze import POINTS, Step, survey, walk
 from conftest import QUICK
+from scenes import Scenes
 from test_clsspec import VARIANTS, vit
 
 
@@ -67,12 +68,15 @@ def test_outliers_are_said_in_a_sentence():
 
 
 @pytest.mark.parametrize("changes", [{}, dict(registers=2, attn_bias=True), dict(class_attn=1)], ids=str)
-def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path):
+def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path, monkeypatch):
     model, img = vit(**changes).float(), torch.randint(256, (3, 3, 24, 40), dtype=torch.uint8)
     kept = analyze.survey(model, img, [analyze.looks, analyze.features])
     one = subject(name="m", img=img, grid=(3, 5), model=model, args=SimpleNamespace(block=3, patch=None))
     seen = kept["looks"]["weights"][2], kept["features"]["patches"][2]
+    lights, over = [], analyze.over
+    monkeypatch.setattr(analyze, "over", lambda img, light: lights.append(light) or over(img, light))
     shares = analyze.maps(tmp_path / "maps.png", [seen], [one])["m"]
+    assert (lights[-1][:, 1, 2] > 0.999).all()  # the middle patch is like itself
     attention = list(walk(model, clsspec.normalise(img / 255)))[2].attention[:, :, 0]  # (P, H, keys)
     expected = {"patches": attention[..., -15:].sum(-1).mean(0)}
     if changes.get("attn_bias"):
@@ -102,6 +106,16 @@ def test_a_survey_keeps_no_more_than_it_says(monkeypatch):
     monkeypatch.setattr(torch, "cat", cat)
     survey(model, img, [analyze.looks], batch=2)
     assert spare == [0] * 6  # 3 blocks, 2 batches
+
+
+def test_block_and_network_are_those_that_are_asked_for(trained, tmp_path):
+    analyze.main([str(trained / "plain"), "--what", "pca", "--block", "2", "--network", "student", "--pictures", "2",
+                  "--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "analysis.json").read_text())
+    img = Scenes("test", 64)(torch.arange(2))["image"]
+    step = list(walk(clsspec.load(trained / "plain", "student"), clsspec.normalise(img / 255)))[1]
+    expected = analyze.components(step.final[:, step.first :].half(), 3)[1]
+    assert saved["pca student block=2"]["models"]["plain"]["share"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_maps_that_cannot_be_drawn_cost_no_other_measure(trained, tmp_path, capsys):

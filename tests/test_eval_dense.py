@@ -50,8 +50,9 @@ def test_iou_equals_a_loop_with_ignored_pixels_and_absent_classes():
         expected.append(100 * both / either if either else math.nan)
     ours = (100 * eval_dense.class_iou(counts.sum(0))).tolist()
     assert ours == pytest.approx(expected, nan_ok=True) and math.isnan(ours[4]) and ours[3] == 0
-    miou = eval_dense.scores({"picture": torch.ones(3), "counts": counts})["miou"].item()
-    assert miou == pytest.approx(sum(expected[:4]) / 4)
+    score = lambda c, weight=None: eval_dense.scores({"picture": torch.ones(3), "counts": c}, weight)["miou"].item()
+    assert score(counts) == pytest.approx(sum(expected[:4]) / 4)
+    assert score(counts, torch.tensor([[2.0, 0, 1]]).double()) == pytest.approx(score(counts[[0, 0, 2]]))
 
 
 def test_depth_errors_are_their_formulas_per_picture():
@@ -95,23 +96,34 @@ def test_cross_entropy_ignores_255_and_survives_a_batch_of_it():
 
 def test_knn_equals_brute_force():
     torch.manual_seed(0)
-    x, labels, test = torch.randn(40, 5), torch.randint(0, 3, (40,)), torch.randn(7, 5)
-    for i, guess in enumerate(eval_dense.knn(x, labels, test, 3, k=6).tolist()):
+    x, labels, test = torch.randn(40, 64), torch.randint(0, 3, (40,)), torch.randn(30, 64)  # far neighbours count, too
+    for i, guess in enumerate(eval_dense.knn(x, labels, test, 3).tolist()):
         cosine = [F.cosine_similarity(test[i], row, dim=0).item() for row in x]
         votes = [0.0] * 3
-        for j in sorted(range(40), key=lambda j: -cosine[j])[:6]:
+        for j in sorted(range(40), key=lambda j: -cosine[j])[:20]:
             votes[labels[j]] += math.exp(cosine[j] / 0.07)
         assert guess == votes.index(max(votes))
 
 
-def test_linear_reads_what_is_there_and_chooses_the_input_that_has_it():
+def test_linear_reads_what_is_there_and_chooses_the_input_that_has_it(monkeypatch):
     torch.manual_seed(0)
+    seen, fit = [], eval_dense.softmax_regression
+    monkeypatch.setattr(eval_dense, "softmax_regression", lambda x, *rest: seen.append(len(x)) or fit(x, *rest))
     labels, test = torch.randint(0, 3, (300,)), torch.randint(0, 3, (100,))
     features = lambda y: torch.cat([torch.randn(len(y), 4), F.one_hot(y, 4) + 0.1 * torch.randn(len(y), 4)], 1)
     guess, chosen = eval_dense.linear(features(labels), labels, features(test), 3)
     assert (guess == test).float().mean() > 0.99 and chosen.startswith("[CLS] and mean patch")
+    assert set(seen[:-1]) == {240} and seen[-1] == 300  # chosen on a fifth, then trained on all
     guess, _ = eval_dense.linear(torch.randn(300, 8), labels, torch.randn(100, 8), 3)
     assert (guess == test).float().mean() < 0.55
+
+
+def test_softmax_regression_ends_where_its_loss_has_no_slope():
+    torch.manual_seed(0)
+    x, y = F.pad(torch.randn(50, 4), (0, 1), value=1), torch.randint(3, (50,))
+    w = eval_dense.softmax_regression(x, y, torch.zeros(5, 3), 0.1)
+    slope = x.T @ ((x @ w).softmax(1) - F.one_hot(y, 3)) / 50 + 0.1 * F.pad(w[:-1], (0, 0, 0, 1))  # no penalty on the bias
+    assert slope.abs().max() < 1e-3
 
 
 def test_linear_is_chosen_on_pictures_that_it_has_not_seen():
@@ -140,12 +152,14 @@ def test_rows_and_columns_that_the_loss_looks_at_are_those_of_the_labels(monkeyp
     at = lambda i, n: ((i + 0.5) / 8 - 0.5).clamp(0, n - 1)
     depth = at(row, 4) + 10 * at(column.T, 6)
     cache = {"x": torch.zeros(3, 4, 6, 5), "depth": depth.expand(3, -1, -1)}
-    p = replace(SHORT, tasks=("depth",), iterations=20)
+    p, schedules, schedule = replace(SHORT, tasks=("depth",), iterations=20), [], torch.optim.lr_scheduler.LambdaLR
+    monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", lambda o, f: schedules.append(f) or schedule(o, f))
     eval_dense.train_heads(Oracle(), eval_dense.Pictures(memory=cache), torch.arange(3), p, 0)
     for out, truth in seen:
         assert out.shape == (8, 12)
         torch.testing.assert_close(out, truth)
     assert len({truth[2, 2].item() for _, truth in seen}) > 5
+    assert [schedules[0](t) for t in (0, 1, 11, 19)] == pytest.approx([0.5, 1, 0.5, 1 / 18])  # up in a tenth, down to 0
 
 
 def test_difference_is_paired_over_pictures():
@@ -156,11 +170,6 @@ def test_difference_is_paired_over_pictures():
     d, low, high = eval_dense.difference(a, b)["rmse"]
     assert d == pytest.approx(-0.1, abs=0.01) and low < d < high and high - low < 0.02
     assert eval_dense.difference(a, a)["rmse"] == (0, 0, 0)
-
-
-def test_normalise_is_imagenets():
-    white = clsspec.normalise(torch.ones(1, 3, 2, 2))[0, :, 0, 0]
-    assert white.tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
 
 
 # --- heads -------------------------------------------------------------------------------------------
@@ -221,11 +230,11 @@ def tree(at, train=24, val=8, size=(32, 48), kinds=("masks", "depth"), classes=4
 SHORT = replace(PROTOCOLS["pairs"], iterations=250, batch_size=8)
 
 
-@pytest.mark.parametrize("how, cache", [({}, 4.0), ({}, 0.0), ({"crop": 32, "window": 32}, 4.0), ({"flip": True}, 4.0),
-                                        ({"cat_cls": True, "lr": (1e-2, 1e-6)}, 4.0)])
-def test_probes_on_features_that_know(tmp_path, how, cache):
+@pytest.mark.parametrize("how", [{}, {"crop": 32, "window": 32}, {"flip": True}, {"cat_cls": True, "lr": (1e-2, 1e-6)}],
+                         ids=str)
+def test_probes_on_features_that_know(tmp_path, how):
     p = replace(SHORT, **how)
-    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t")), p, cache_gib=cache)
+    result, stats, _ = eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t")), p)
     # Where four blocks meet, interpolated logits round the corner; in scaled crops patches see several blocks.
     assert result["miou"] > (90 if p.crop else 96) and result["rmse"] < 0.7 and result["delta1"] > 75
     assert list(result["iou"]) == list("0123") and stats["counts"].sum((1, 2)).tolist() == [30 * 48] * 8
@@ -248,7 +257,9 @@ def test_same_seed_same_numbers_and_the_random_state_is_left_alone(tmp_path):
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
-    again, other = (eval_dense.evaluate(Oracle(), "pairs", at, replace(p, seed=s), workers=2)[0] for s in (0, 1))
+    # Without stored features, and with processes that read: the same.
+    again, other = (eval_dense.evaluate(Oracle(), "pairs", at, replace(p, seed=s), workers=2, cache_gib=0.0)[0]
+                    for s in (0, 1))
     assert first["iou"] == again["iou"] and first["rmse"] == again["rmse"] != other["rmse"]
 
 
@@ -299,6 +310,12 @@ def test_layers_and_cls_beside_every_patch():
     torch.testing.assert_close(shallow, eval_dense.tokens(model, img, p)[0])
 
 
+def test_scenes_are_judged_on_others_than_heads_learn_from():
+    p = replace(PROTOCOLS["scenes"], train=2, test=2)
+    for one, split in zip(eval_dense.open_set("scenes", "", p, 8, CPU), ("probe", "test")):
+        assert torch.equal(one.memory["image"], Scenes(split, 64)(torch.arange(2))["image"])
+
+
 # --- commands ----------------------------------------------------------------------------------------
 
 
@@ -331,7 +348,8 @@ def test_commands_write_what_they_print(runs, capsys):
     assert f"minus {a}" in out and out.count("[") >= 6
     eval_dense.main([a, *FEW, "--layers", "3", "--cat-cls", "--tasks", "seg", "--network", "student"])
     results = json.loads((runs / "a/eval.json").read_text())
-    assert len(results) == 2 and "rmse" not in results["student scenes tasks=seg layers=3 cat_cls=True iterations=10 train=60 test=20"]
+    student = results["student scenes tasks=seg layers=3 cat_cls=True iterations=10 train=60 test=20"]
+    assert len(results) == 2 and "rmse" not in student and "; student, step 2" in student["model"]
 
 
 def test_results_of_a_file_stay_out_of_a_run_of_its_name(tmp_path, monkeypatch):
@@ -363,7 +381,8 @@ def test_online_probe_is_in_the_log_and_the_table_in_eval_json(tmp_path, monkeyp
     results = json.loads((tmp_path / "a/eval.json").read_text())
     assert list(results) == ["untrained scenes tasks=seg,depth", "teacher scenes tasks=seg,depth"]
     text = capsys.readouterr().out
-    assert f"{results['teacher scenes tasks=seg,depth']['miou']:.2f}" in text and f"pictures: {tmp_path}/a/pictures.png" in text
+    before, after = (results[f"{who} scenes tasks=seg,depth"]["miou"] for who in ("untrained", "teacher"))
+    assert f"before training{before:25.2f}" in text and f"after training{after:26.2f}" in text and f"pictures: {tmp_path}/a/pictures.png" in text
     with Image.open(tmp_path / "a/pictures.png") as img:  # 7 rows of 6 pictures
         assert img.width > 6 * 100 and img.height > 7 * 100
 
@@ -374,7 +393,10 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
         for i in range(20):
             Image.new("RGB", (40, 50), tuple(c + i for c in colour)).save(tmp_path / "own" / kind / f"{i}.png")
     flags = "--scale nano --device cpu --batch-size 4 --steps 2 --probe-every 0 --workers 0 --data".split()
+    named, knn = [], eval_dense.knn
+    monkeypatch.setattr(eval_dense, "knn", lambda x, y, test, n: named.append((len(x), len(test))) or knn(x, y, test, n))
     train.main([*flags, str(tmp_path / "own"), "--out", str(tmp_path / "a")])
+    assert named == [(36, 4)] * 2  # by the others
     text = capsys.readouterr().out
     assert "every tenth of 40 pictures" in text and "of 2\n" in text and "(Scenes" not in text
     results = json.loads((tmp_path / "a/eval.json").read_text())
@@ -488,13 +510,17 @@ def test_heads_that_diverge_are_left_out_or_an_error(tmp_path):
 def test_a_rate_too_high_for_one_task_is_kept_for_the_other(tmp_path, monkeypatch):
     at, p, train_heads = str(tree(tmp_path / "t")), replace(SHORT, lr=(1e-2, 1e-9)), eval_dense.train_heads
 
+    learnt_from = []
+
     def diverging(*args):
+        learnt_from.append(args[2])
         heads = train_heads(*args)
         heads[1e-2, "depth"].linear.bias.data += math.nan
         return heads
 
     monkeypatch.setattr(eval_dense, "train_heads", diverging)
     assert eval_dense.evaluate(Oracle(), "pairs", at, p)[0]["chosen"] == {"seg": "lr 0.01", "depth": "lr 1e-09"}
+    assert len(learnt_from[0]) == 21 and (learnt_from[0] % 10 != 0).all()  # of 24; a tenth is for choosing
     with pytest.raises(ValueError, match="the depth heads diverged with --lr 0.01; lower it"):
         eval_dense.evaluate(Oracle(), "pairs", at, replace(p, lr=(1e-2,)))
 
@@ -645,7 +671,7 @@ def test_kitti_is_cropped_and_scaled_by_256(tmp_path):
     assert (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) == (143, 349, 43, 1172) and first.max_depth == 80
 
 
-def test_sunrgbd_turns_bits_back_cuts_at_8_m_and_learns_on_nyu(tmp_path):
+def test_sunrgbd_turns_bits_back_cuts_at_8_m_and_learns_on_nyu(tmp_path, monkeypatch):
     nyu_tree(tmp_path / "nyu")
     lines = ""
     for name, size, mm in (("a", (480, 640), 3000), ("b", (530, 730), 9000)):
@@ -661,6 +687,9 @@ def test_sunrgbd_turns_bits_back_cuts_at_8_m_and_learns_on_nyu(tmp_path):
     p = replace(PROTOCOLS["sunrgbd"], image_size=64, iterations=2, batch_size=2, lr=(1e-3,))
     result, stats, _ = eval_dense.evaluate(Oracle(), "sunrgbd", str(tmp_path), p)  # of two sizes
     assert len(stats["rmse"]) == 2 and math.isfinite(result["rmse"])
+    far = lambda model, heads, img, size, p: {"depth": torch.full((len(img), *size), 9.0)}
+    monkeypatch.setattr(eval_dense, "predict", far)  # which counts as 8 m
+    assert eval_dense.evaluate(Oracle(), "sunrgbd", str(tmp_path), p)[1]["rmse"].tolist() == pytest.approx([5, 0])
 
 
 def test_imagefolder_and_its_two_tasks(tmp_path):
@@ -743,6 +772,12 @@ def test_pairs_and_random_crops(tmp_path):
     assert item["mask"][:2].unique().tolist() == [255] and item["depth"][:2].max() == 0
     assert torch.equal(item["image"][0][2:], 50 * item["mask"][2:]) and len(first) == 24 and len(test) == 8
     torch.testing.assert_close(item["depth"][2:], item["mask"][2:] + 1.0)
+    file, exif = first.rows[3]["image"], Image.Exif()
+    exif[0x0112] = 3  # upside down, says the camera; masks lie as pixels do
+    Image.open(file).save(file, exif=exif)
+    assert torch.equal(first[3]["image"], item["image"])
+    near, _ = opened("pairs", tmp_path / "t", crop=32)  # no scaling where there is depth; no flip, top left
+    assert torch.equal(near[1, (0.9, 0.0, 0.0, 0.9)]["image"], first[1]["image"][:, :32, :32])
     assert first.max_depth == test.max_depth == 4
     save_map(tmp_path / "t/depth/train/0.png", 6000, "I;16", (32, 48))  # in fp32 6000 x 0.001 is more than 6
     first, _ = opened("pairs", tmp_path / "t")
@@ -873,8 +908,8 @@ def leave(number, *flags, wait=b"training heads", cwd, script="eval_dense.py"):
     return said.decode(), job.returncode, time.time() - start
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("data", ["scenes", "pairs"])
+@pytest.mark.parametrize("number, data", [
+    (signal.SIGHUP, "scenes"), (signal.SIGINT, "pairs"), (signal.SIGTERM, "pairs")])
 def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, number, data):
     shutil.copytree(runs / "a", tmp_path / "a")
     (tmp_path / "a/eval.json").write_text("{}")
@@ -886,8 +921,7 @@ def test_signals_end_it_in_one_line_and_keep_what_is_there(tmp_path, runs, numbe
     assert (tmp_path / "a/eval.json").read_text() == "{}" and not list((tmp_path / "a").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_analyze_leaves_in_one_line_too(tmp_path, runs, number):
+def test_analyze_leaves_in_one_line_too(tmp_path, runs, number=signal.SIGINT):
     shutil.copytree(runs / "a", tmp_path / "a")
     (tmp_path / "a/analysis.json").write_text("{}")
     flags = [tmp_path / "a", "--what", "cosines", "--pictures", 1000]

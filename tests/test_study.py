@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,17 @@ def test_the_published_tables_can_be_made(monkeypatch, capsys):
                  "wide<br>minus plain", "31.60 ± 1.58"):
         assert part in str(table), part  # numbers of STUDY.md
     assert "71 runs, 20.8 hours of a core. Failed runs: none" in text
+
+
+def test_readmes_table_is_made_of_the_published_runs():
+    group = tables.groups(study.read(ROOT / "results/study.jsonl"))["nano", "scenes", "seeds for claims"]
+    numbers = lambda text: [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
+    table = (ROOT / "README.md").read_text().split("| `nano` on Scenes")[1].split("\n\n")[0].splitlines()[2:]
+    for arm, row in zip(("untrained", "plain", "norms", "qkv4", "qkv8"), table, strict=True):
+        for head, cell in zip(tables.SHOWN, row.strip("| ").split(" | ")[1:], strict=True):
+            result, metric, digits = tables.OUTCOMES[head]
+            finer = tables.cell(group, arm, result, metric, digits + 3)
+            assert numbers(cell) == pytest.approx(numbers(finer), abs=0.51 * 10**-digits), (arm, head)
 
 
 def test_head_ends_the_tables_without_a_word():

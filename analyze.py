@@ -204,8 +204,8 @@ def attention(step: Step) -> dict[str, Tensor]:
     """Entropy (nats), support (keys), distance (patches) and mass (%) of attention: (B, H)."""
     w = step.attention.float()  # (B, H, queries, keys); keys are [bias, CLS, registers, patches]
     seen = step.first + step.bias  # the first patch among the keys
-    # entr(w) = -w log w, and 0 where w is 0, as entmax makes many.
-    entropy = torch.special.entr(w).sum(-1)  # (B, H, queries)
+    # -w log w, and 0 where w is 0, as entmax makes many.
+    entropy = -torch.xlogy(w, w).sum(-1)  # (B, H, queries)
     support = (w > 0).float().sum(-1)
     nothing = torch.full_like(entropy[:, :, 0], math.nan)
     kept = {"cls_entropy": entropy[:, :, 0] if step.cls else nothing,

@@ -8,7 +8,7 @@
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
 Features  patches (and [CLS]) of the last block after the final norm; of several, --layers
           3,6,9,12, side by side; --cat-cls: [CLS] beside each patch.
-          The backbone is frozen, in eval mode, fp32 on a CPU and bf16 on CUDA.
+          The backbone is frozen, in eval mode, fp32 on a CPU, bf16 on a GPU that has it.
 Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
           multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
           to 2 (1 where there is depth), flip, padded with black, 255, no depth. Crops and windows
@@ -164,8 +164,10 @@ def picture_files(data) -> list[str]:
         except UnicodeDecodeError:
             raise ValueError(f"--data {data}: neither a picture ({', '.join(KINDS)}) nor a text "
                              "file with a path a line") from None
-        lines = [line.strip() for line in lines if line.strip()]
-        files = [str(at.parent / line) if (at.parent / line).exists() else line for line in lines]
+        files = [line.strip() for line in lines if line.strip()]
+        # The first one says from where: a disk far away would take hours to be asked for millions.
+        if files and (at.parent / files[0]).exists():
+            files = [os.path.join(at.parent, file) for file in files]
     need(files, f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
     return files
 
@@ -282,6 +284,12 @@ def need_memory(gib: float, device, what: str, advice: str) -> None:
     there = machine_gib(torch.device(device).type)
     need(gib <= there, f"{what} would take about {gib:,.0f} GiB, and there are {there:.0f}; "
          f"{advice}")
+
+
+def gpu_has_bf16() -> bool:
+    """Of itself, as from NVIDIA's Ampere on. Without a GPU: True, as most have it."""
+    cuda = torch.cuda
+    return not cuda.is_available() or cuda.is_bf16_supported(including_emulation=False)
 
 
 def forward_gib(config: clsspec.Config, b: int, h: int, w: int, attention: bool = False) -> float:
@@ -882,7 +890,8 @@ def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
     and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D). Of several layers each
     D is as many times as wide."""
-    with torch.autocast(img.device.type, torch.bfloat16, enabled=img.is_cuda):  # as in training
+    fast = img.is_cuda and gpu_has_bf16()
+    with torch.autocast(img.device.type, torch.bfloat16, enabled=fast):
         out = model(normalise(img / 255), layers=p.layers)
     cls, x = out["cls"].float(), out["patches"].float()  # (B, D), (B, N, D)
     whole = torch.cat([cls, x.mean(1)], 1)
@@ -1281,8 +1290,8 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     bytes_each = 4 * width * (1 + p.cat_cls) * h * w / patch**2
     bytes_each += sum(x.nbytes for x in first.values())  # maps are of the file's size
     once = bool(dense) and not p.crop and len(train) * bytes_each <= cache_gib * 2**30
-    # Features are computed 50 pictures at a time or, with heads in the loop, a batch at a time; and a
-    # batch of stored ones takes room, too.
+    # Features are computed 50 pictures at a time or, for heads in training, a batch at a time; and
+    # a batch of stored ones takes room, too.
     b = max(p.batch_size, 50) if dense else 50
     rows, columns = (p.crop or h, p.crop or w) if dense else (h, w)
     need_memory(forward_gib(model.config, b, rows, columns), train.device,

@@ -4,7 +4,7 @@
 
 Balls, bushes, crates, houses, drums and trunks stand under a sky; one ray a pixel finds the nearest
 surface, which is shaded once. Scene i is a function of (seed, split, i) alone, so a training set
-takes no disk, and a test set can be made again anywhere, to the last bit.
+takes no disk, and a test set can be made again anywhere, on a CPU to the last bit.
 
 It is made so that colour alone names nothing: a material comes in three paints whose mean is grey,
 so a linear probe of raw colours stays near chance, and a network must know shape or texture.

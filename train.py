@@ -25,13 +25,15 @@ rest and how the rate grows with the batch.
 
 The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
 change nothing, nor do ranks, as long as the global batch is the same, but for what each draws by
-itself (skipped branches, mixup) and the meters `usage` and `cls_std`. With equal --steps, ranks,
-device, threads and --compile the weights of a resumed run equal an unbroken one's to the bit.
+itself (skipped branches, mixup) and the meters `usage` and `cls_std`. On a CPU, with equal --steps,
+ranks, threads and --compile, the weights of a resumed run equal an unbroken one's to the bit; a GPU
+adds up gradients in no fixed order.
 In shapes: B pictures of side S, 2 global and L local views of each, V = 2 + L; N patches a view, M
 masked in all, width D, K prototypes; n: so many of whatever it is.
 """
 
 import argparse
+import atexit
 import copy
 import json
 import math
@@ -95,7 +97,7 @@ RECIPES = {
 }
 SCALES = {
     "large": dict(size="large", source_size=256, image_size=224, local_size=98, local_crops=8,
-                  batch_size=32, probe_every=12_500),
+                  batch_size=32, probe_every=12_500, save_every=2500),
     "small": dict(size="small", source_size=160, image_size=128, local_size=64, local_crops=4,
                   batch_size=256, pictures=50_000, steps=2500, global_scale=(0.4, 1.0), colour=0.2,
                   prototypes=512, head_layers=1, bottleneck=256, patch_bottleneck=256,
@@ -379,6 +381,13 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     return torch.stack(img), torch.tensor(labels), sum(bad, [])
 
 
+def move(x: Tensor, device) -> Tensor:
+    """To the device; without waiting where a GPU fetches pinned memory by itself. A Mac's does so
+    too late, when the memory is something else's."""
+    cuda = torch.device(device).type == "cuda"
+    return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+
+
 def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
     """Yield uint8 (B, 3, S, S) and labels (B,), on the device, and what is wrong with unreadable
     files, from step `first` on."""
@@ -392,8 +401,7 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
         stream = from_disk(folder, (i.tolist() for i in order), args.workers, collate,
                            pin_memory=args.device == "cuda")
         for img, labels, bad in stream:
-            yield (img.to(args.device, non_blocking=True),
-                   labels.to(args.device, non_blocking=True), bad)
+            yield move(img, args.device), move(labels, args.device), bad
         return
     # Scenes fit into memory, so they are made once, on the device, and then only picked.
     world, parts = Scenes("train", args.source_size), torch.arange(n, device=args.device).split(256)
@@ -404,7 +412,7 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
         labels.append(made["label"])
     images, labels = torch.cat(images), torch.cat(labels)
     for i in order:
-        i = i.to(args.device, non_blocking=True)
+        i = move(i, args.device)
         yield images[i], labels[i], []
 
 
@@ -517,7 +525,7 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
     # Drawn for the global batch, on the CPU: the same numbers on any ranks and any device.
     u = torch.rand(b * ranks, 2 + args.local_crops, DRAWN, generator=draw)
-    u = u[rank * b : (rank + 1) * b].to(img.device, non_blocking=True)
+    u = move(u[rank * b : (rank + 1) * b], img.device)
     # Global views hold most of a picture; local ones are cheap, and to say of a part what the
     # teacher says of the whole asks for what the part belongs to.
     # DINO's two kinds of global view, and the local.
@@ -536,7 +544,7 @@ def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, rank
     their targets (B, classes), 1 for whatever is in the mixture; the pictures as they are."""
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
     u = torch.rand(b * ranks, DRAWN, generator=draw)[rank * b : (rank + 1) * b]
-    u = u.to(img.device, non_blocking=True)
+    u = move(u, img.device)
     size, n, img = args.image_size, args.classes, img / 255
     views = view(img, u, size, args.global_scale, blur=0, solarise=0, reach=2 * size / 224,
                  strength=args.colour, three=True)
@@ -736,10 +744,12 @@ def koleo(z: Tensor) -> Tensor:
 
 def precision_for(device: str, width: int) -> str:
     """What pays here. One thread of a CPU with avx512_bf16 took 0.71 of the time for a ViT-S step
-    in bf16, and 1.23 of it at nano; a CPU without emulates it, many times as slowly."""
+    in bf16, and 1.23 of it at nano; a CPU or GPU without emulates it, many times as slowly."""
+    if device == "cuda":
+        return "bf16" if eval_dense.gpu_has_bf16() else "fp32"
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public name says it
     cpu = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
-    return "bf16" if device == "cuda" or (cpu and width >= 384) else "fp32"
+    return "bf16" if device == "cpu" and cpu and width >= 384 else "fp32"
 
 
 class Network(nn.Module):
@@ -807,10 +817,10 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
     chosen, device = None, global_views.device
     # How many patches are hidden is known on the CPU, without waiting for the GPU.
     if mask is not None:
-        chosen = mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        chosen = move(mask.flatten().nonzero()[:, 0], device)
         # A view counts once, however many of its patches are hidden.
         weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
-        weight, mask = weight.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        weight, mask = move(weight, device), move(mask, device)
 
     def targets(logits: Tensor, centre: Tensor) -> Tensor:
         ema = args.centring == "ema"
@@ -833,8 +843,8 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
     # nothing), `usage`, of their mean (1: prototypes are used equally; as low as `entropy`: all
     # pictures have the same). `cls_std` over the batch (0: all pictures look alike, 1: all over the
     # sphere). `kl`, nats, of the targets to the student.
-    entropy = torch.special.entr(cls_target).sum(-1).mean()
-    usage = torch.special.entr(cls_target.mean((0, 1))).sum()
+    mean = cls_target.mean((0, 1))  # (K,)
+    entropy, usage = (-torch.xlogy(p, p).sum(-1).mean() for p in (cls_target, mean))
     spread = F.normalize(cls.float(), dim=-1).std(0).mean() * cls.shape[1] ** 0.5
     full = math.log(args.prototypes)
     meters = {"entropy": entropy / full, "usage": usage / full, "cls_std": spread,
@@ -929,7 +939,13 @@ def wrap(args, student: Network, teacher: Network, ranks: int):
     if args.compile:
         for network in (student, teacher):  # dynamic shapes gain nothing, and fail with antialias
             network.backbone.compile(dynamic=False)
-    return nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
+        # Or each bucket of gradients would be compiled by itself, some 50 of a ViT-L.
+        torch._dynamo.config.optimize_ddp = False
+    if ranks == 1:
+        return student
+    # No buffer is the student's own business; gradients are kept once, in the buckets.
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False,
+                                               gradient_as_bucket_view=True)
 
 
 def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: Tensor, step: int,
@@ -1159,16 +1175,18 @@ def memory_gib(args, network: Network) -> dict[str, float]:
     patches, local = ((side // cfg.patch) ** 2 for side in (args.image_size, args.local_size))
     views, more = 1 if args.supervised else 2, 1 + cfg.registers
     tokens = views * (patches + more) + args.local_crops * (local + more)
-    tokens *= args.batch_size
+    pairs = views * (patches + more) ** 2 + args.local_crops * (local + more) ** 2
+    pairs *= cfg.heads if cfg.attn == "entmax15" and not args.checkpointing else 0
     scenes = args.pictures if args.data == "scenes" and not args.bench else 0
     # Kept for the backward pass, of a block and token, in numbers of D, with an MLP four times as
-    # wide; checkpointing: its input.
+    # wide; checkpointing: its input. entmax keeps attention's weights, too.
     each = 1 if args.checkpointing else (13 + 2 * bool(cfg.layerscale)) * (1 - args.drop_path)
     masked = 2 * args.mask_share * sum(args.mask_ratio) / 2 * patches if args.ibot else 0
     rows = args.batch_size * (2 * views + args.local_crops + 2 * masked)
     return {  # weights: student, teacher, gradient, AdamW's two moments; logits: softmax, gradient
         "weights and optimiser": 5 * 4 * clsspec.parameters(network)[0] / 2**30,
-        "activations": tokens * cfg.depth * cfg.width * each * number / 2**30,
+        "activations": args.batch_size * cfg.depth * (tokens * cfg.width * each + pairs) * number
+        / 2**30,
         "logits": 3 * 4 * rows * (args.classes if args.supervised else args.prototypes) / 2**30,
         "pictures": 3 * args.source_size**2 * (scenes + 5 * args.batch_size) / 2**30}
 
@@ -1555,11 +1573,25 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             if window:
                 log({})
             save()
+            if ranks > 1:
+                dist.barrier()  # who left earlier would have torchrun end the one that saves
             stopped.text = f"; step {done} is saved, go on with --resume"
             if not out:
                 sys.exit(128 + stopped.number)  # the first rank says it
         raise
     progress.close()
+
+
+def leave_group(device: str) -> None:
+    """The end of several ranks' work together, good or bad."""
+    err = sys.exc_info()[1]
+    if device == "cuda" and err:  # NCCL would wait for ranks that wait for this one
+        code = err.code if isinstance(err, SystemExit) else 1
+        code = 128 + err.number if isinstance(err, Stopped) else code
+        atexit.register(lambda: sys.stdout.flush() or os._exit(code))  # when all is said
+        return
+    time.sleep(0.1)  # gloo's threads let go of their last tensors, or torch 2.6 hangs
+    dist.destroy_process_group()
 
 
 def main(argv=None) -> None:
@@ -1569,6 +1601,8 @@ def main(argv=None) -> None:
                        for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         need(0 <= rank < ranks, f"RANK {rank} of WORLD_SIZE {ranks}: left over from torchrun? "
              "unset both")
+        need(ranks == 1 or args.device != "mps", "--device mps: several processes cannot work "
+             "together there; run one, or give --device cpu")
         try:
             if ranks > 1 and not args.dry_run:
                 if args.device == "cuda":
@@ -1577,8 +1611,7 @@ def main(argv=None) -> None:
             run(args, rank, ranks)
         finally:
             if dist.is_initialized():
-                time.sleep(0.1)  # gloo's threads let go of their last tensors, or torch 2.6 hangs
-                dist.destroy_process_group()
+                leave_group(args.device)
 
 
 if __name__ == "__main__":

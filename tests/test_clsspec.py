@@ -180,11 +180,14 @@ def test_cls_only_is_cls_of_the_whole(more):
     ({"spec": COMPONENTS, "spec_blocks": 1}, True), ({"spec": ("norms", "qkv"), "spec_blocks": 1}, False),
     ({"spec": ("qkv",), "spec_rank": 2, "registers": 2, "registers_path": "cls", "attn_bias": True,
       "spec_blocks": 1}, True),
-    ({"attn": "entmax15"}, False), ({"class_attn": 1}, True)], ids=str)
+    ({"attn": "entmax15"}, False), ({"class_attn": 1}, True), ({"checkpointing": True}, True)], ids=str)
 def test_a_step_of_every_component_eager_and_compiled(changes, recompute, monkeypatch):
     """The same outputs and gradients, in training, with the parts of the compiler that need no C++ compiler."""
     monkeypatch.setattr(clsspec.Mlp, "recompute_from", 0 if recompute else 999)
-    model, img = vit(**{"depth": 2, "layerscale": 0.1} | changes).train(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    img, changes = torch.randn(2, 3, 32, 32, dtype=torch.float64), dict(changes)
+    checkpointing = changes.pop("checkpointing", False)
+    model = vit(**{"depth": 2, "layerscale": 0.1} | changes).train()
+    model.checkpointing = checkpointing
     found = []
     torch._dynamo.reset()
     for call in (model, torch.compile(model, backend="aot_eager", dynamic=False)):

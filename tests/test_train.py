@@ -1193,6 +1193,23 @@ def test_the_death_of_a_rank_ends_the_others_in_one_line(tmp_path, dead=1):
     assert torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] >= 1
 
 
+@pytest.mark.parametrize("err, code", [(ValueError("full disk"), 1), (train.Stopped(15, False), 143), (SystemExit(130), 130)])
+def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, err, code):
+    """NCCL's would wait for the failed one, and nobody would be told why."""
+    last, left = [], []
+    monkeypatch.setattr(train.atexit, "register", last.append)
+    monkeypatch.setattr(train.os, "_exit", left.append)
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: left.append("together"))
+    with pytest.raises(type(err)):
+        try:
+            raise err
+        finally:
+            train.leave_group("cuda")
+    last[0]()
+    train.leave_group("cuda")
+    assert left == [code, "together"]
+
+
 def test_dry_run_shows_the_papers_set_up_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--scale", "large", "--spec", "norms,qkv", "--dry-run", "--device", "cpu"])

@@ -932,6 +932,7 @@ def run(args) -> Path:
         try:
             results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
         except ValueError as err:
+            need(any(results.values()), str(err))  # or it is all there is to say
             print(f"maps: left out, {err}")
 
     for what in WHAT:

@@ -707,7 +707,7 @@ def load(path, network: str = "teacher") -> ViT:
             return model.eval()
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
-        raise ValueError(f"{path} cannot be used as a checkpoint of train.py ({why})") from None
+        raise ValueError(f"{path} cannot be used as a checkpoint of this project ({why})") from None
     # Outside the try: a file `init` that is gone is no fault of this one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
 Features  patches (and [CLS]) of the last block after the final norm; of several, --layers
           3,6,9,12, side by side; --cat-cls: [CLS] beside each patch.
-          The backbone is frozen, in eval mode, fp32 on a CPU, bf16 on a GPU that has it.
+          The backbone is frozen, in eval mode, fp32, but bf16 where CUDA has it.
 Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
           multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
           to 2 (1 where there is depth), flip, padded with black, 255, no depth. Crops and windows
@@ -140,7 +140,8 @@ def is_picture(file) -> bool:
 
 def picture_files(data) -> list[str]:
     """Paths of the pictures below a folder, sorted; of those that a text file names, a path a line,
-    from the file's own folder or from here; or of one picture. ValueError: there is none."""
+    all from the file's own folder or all from here; or of one picture. ValueError: there is none.
+    """
     at = Path(data)
     need(at.is_dir() or at.is_file(),
          f"--data {data}: neither 'scenes', nor a folder, nor a file of paths, nor a set by name "
@@ -165,8 +166,8 @@ def picture_files(data) -> list[str]:
             raise ValueError(f"--data {data}: neither a picture ({', '.join(KINDS)}) nor a text "
                              "file with a path a line") from None
         files = [line.strip() for line in lines if line.strip()]
-        # The first one says from where: a disk far away would take hours to be asked for millions.
-        if files and (at.parent / files[0]).exists():
+        # The first hundred say from where: to ask a disk far away for millions would take hours.
+        if any((at.parent / file).exists() for file in files[:100]):
             files = [os.path.join(at.parent, file) for file in files]
     need(files, f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
     return files

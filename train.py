@@ -212,8 +212,8 @@ FLAGS = {
         ("freeze-last", 0.01, (0.0, 1.0), "share of the steps before the prototypes learn")],
     "machine and log": [
         ("device", None, list(eval_dense.DEVICES), "CUDA_VISIBLE_DEVICES says which"),
-        ("precision", None, ["bf16", "fp32"], "of matrix products; default: bf16 on a GPU, and "
-         "from width 384 on on a CPU that computes with it (avx512_bf16, AMX)"),
+        ("precision", None, ["bf16", "fp32"], "of matrix products; default: bf16 on a GPU that "
+         "has it (CUDA), and from width 384 on on a CPU that computes with it (avx512_bf16, AMX)"),
         ("compile", False, None, "torch.compile the networks"),
         ("checkpointing", False, None, "recompute activations to save memory"),
         ("log-every", 10, (1, MANY), "steps between log lines"),
@@ -1266,7 +1266,7 @@ def bench(args, rank: int, ranks: int) -> None:
             name, start = list(calls)[i], time.perf_counter()
             calls[name](step)
             if args.device != "cpu":
-                torch.accelerator.synchronize()
+                getattr(torch, args.device).synchronize()
             times[name].append(time.perf_counter() - start)
     # torch counts what it sees step by step, and of attention only its plain form.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
@@ -1492,6 +1492,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     """Steps from `first` on, with a log line, a probe and a checkpoint where they are due. out:
     None on all ranks but the first; skipped: unreadable files until now."""
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
+    cuda = args.device == "cuda"
     n = epoch_size(args, folder, batch)
     done, window, tick = first, [], 0.0
     # `warned`, `foretold`: what is said once, or needs not be said.
@@ -1509,7 +1510,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
         line = {"step": done, "epoch": (done - 1) // (n // batch)}
         line |= dict(zip(values, rows.mean(0).tolist())) | now
         line |= {"img_per_s": len(rows) * batch / (time.time() - tick), "skipped": skipped,
-                 "peak_mb": peak_mb(args.device == "cuda")} | found
+                 "peak_mb": peak_mb(cuda)} | found
         shown = "bce" if args.supervised else "dino"
         progress.set_postfix_str(f"{shown} {line[shown]:.3f}, {line['img_per_s']:.0f} img/s")
         if out:
@@ -1552,6 +1553,8 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             logging = done % args.log_every == 0
             probing = args.probe_every and done % args.probe_every == 0
             saving = done == args.steps or done % args.save_every == 0
+            if cuda and probing:
+                torch.cuda.synchronize()  # steps that are still at work count as training
             began = time.time(), time.process_time()
             found = probe(teacher.backbone) if out and probing else {}
             # Left out of img_per_s, which is of training, as is what saving takes.

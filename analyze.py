@@ -619,7 +619,9 @@ def compare(a: str, b: str) -> dict[str, dict]:
     seeds = sorted(first.keys() & second.keys())
     for pattern, found in ((a, first), (b, second)):
         need(found, f"--compare: no run folder matches {pattern!r}")
-    need(a != b, f"--compare: {a!r} twice; name two groups of runs")
+    both = [{*map(os.path.realpath, glob.glob(pattern))} for pattern in (a, b)]
+    need(both[0].isdisjoint(both[1]), f"--compare: {a!r} and {b!r} have runs in common; name two "
+         "groups of runs")
     need(seeds, f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} {sorted(second)}; quote "
          "the patterns, train both with equal --seed")
     differ = set()  # said beside the result: it should be what is compared, and nothing else
@@ -838,6 +840,8 @@ def survey_gib(config: clsspec.Config, args, size: int) -> float:
     """About what a survey holds, GiB: pictures, attention of a batch, features of all blocks."""
     patches = (size // config.patch) ** 2
     kept = config.depth * patches * config.width * 2  # bytes, in half precision
+    if {"pca", "foreground"} & set(args.what):  # of one block, in double precision
+        kept += 3 * 8 * patches * config.width
     made = scenes_gib(args.pictures, size) if args.data == "scenes" else 0
     walked = forward_gib(config, min(args.pictures, 8), size, size, attention=True)
     return made + args.pictures * (3 * size**2 + kept) / 2**30 + walked
@@ -900,6 +904,8 @@ def run(args) -> Path:
     homes = {s.name: s.home for s in subjects}
     out = Path(args.out or subjects[0].home)
     out.mkdir(parents=True, exist_ok=True)
+    for folder in {out, *homes.values()}:
+        read_json(folder / "analysis.json")  # a damaged one is known before hours of work
     how = {name: getattr(args, name) for name in
            ("data", "root", "network", "device", "foreground")}
     how["pictures"] = {s.name: len(s.img) for s in subjects}

@@ -63,8 +63,9 @@ from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py
-if sys.stderr is None:  # closed, as some job systems do
-    sys.stderr = open(os.devnull, "w")
+for stream in ("stdout", "stderr"):
+    if getattr(sys, stream) is None:  # closed, as some job systems do
+        setattr(sys, stream, open(os.devnull, "w"))
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ def within(kind, low, high):
 
 def names(text: str) -> tuple[str, ...]:
     """A flag's reader: a comma list, each name once."""
-    found = dict.fromkeys(name for name in text.split(",") if name)  # keeps the order
+    found = dict.fromkeys(filter(None, map(str.strip, text.split(","))))  # keeps the order
     if not found:
         raise argparse.ArgumentTypeError("names nothing; leave it out, or give a comma list")
     return tuple(found)
@@ -216,7 +217,7 @@ def intact(file: Path):
     """Around what takes a file of ours apart: whatever it holds instead, the message names it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as err:
         raise ValueError(f"{file} is damaged, or not of this project ({type(err).__name__}); move "
                          "it away") from None
 
@@ -374,6 +375,8 @@ def quiet() -> None:
 def one_line():
     """Around a command. Whatever the user or the machine did ends in one line and a code that is
     not 0; a fault of the program shows its traceback."""
+    with suppress(AttributeError):  # a file may have a name that this terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {n: signal.getsignal(n) for n in numbers if n is not None}
     for number, handler in before.items():
@@ -564,8 +567,11 @@ class Pictures(torch.utils.data.Dataset):
 
 def same_stems(images: Path, **folders: Path) -> list[dict]:
     """Pictures of a folder, with PNGs of the same stem in other folders (mask, depth) -> rows."""
-    rows = []
+    rows, seen = [], {}
     for file in sorted(filter(is_picture, images.glob("*"))):
+        need(file.stem not in seen, f"{seen.get(file.stem)} and {file.name} in {images} would have "
+             "one map; rename one, and its map")
+        seen[file.stem] = file.name
         maps = {kind: str(folder / f"{file.stem}.png") for kind, folder in folders.items()}
         rows.append({"image": str(file)} | maps)
     return rows
@@ -591,7 +597,9 @@ def class_names(file: Path) -> tuple[str, ...]:
 def largest(folder: Path, bits: int) -> int:
     """The largest number in a folder's maps, one of which is held at a time; the last of so many
     bits does not count, as it says that there is none."""
-    maps = (read_map(file, bits) for file in folder.glob("[!.]*.png"))  # without hidden ones
+    files = [*folder.glob("[!.]*.png")]  # without hidden ones
+    need(files, f"no .png file in {folder}")
+    maps = (read_map(file, bits) for file in files)
     known = (x[x < 2**bits - 1] for x in maps)
     return max((x.max().item() for x in known if len(x)), default=0)
 
@@ -621,6 +629,9 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
         file = at / "classes.txt"
         numbers = tuple(str(i) for i in range(last + 1))
         found.classes = class_names(file) if file.exists() else numbers
+        if split == "val":
+            for file in (at / "masks/val").glob("[!.]*.png"):
+                found.mask(file)  # if it has other classes, this is known before training
     return found
 
 
@@ -1190,7 +1201,9 @@ def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, fl
     ends = torch.tensor([0.025, 0.975]).double()
     out = {}
     for name in once_a:
-        low, high = (many_b[name] - many_a[name]).quantile(ends).tolist()
+        # NaN: draws without a picture that has a number. One picture has no interval.
+        low, high = (many_b[name] - many_a[name]).nanquantile(ends).tolist()
+        low, high = (low, high) if n > 1 else (math.nan, math.nan)
         out[name] = (once_b[name] - once_a[name]).item(), low, high
     return out
 
@@ -1362,6 +1375,10 @@ def home(path: Path) -> Path:
     return folder.with_name(f"{folder.name}-weights") if (folder / "last.pt").exists() else folder
 
 
+def modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -> None:
     """Rows of pictures, class maps and depth maps, as a PNG."""
     depths = [depth.max().item() for depth in shots.get("true depth", ())]
@@ -1453,6 +1470,7 @@ def run(args) -> None:
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         key += f" {name}={value}"
     paths = [clsspec.weights_file(name) for name in args.runs]
+    written = list(map(modified, paths))
     models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
     homes = [home(path) for path in paths]
     root = os.path.abspath(args.root) if args.root else ""
@@ -1467,15 +1485,18 @@ def run(args) -> None:
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"{out} cannot be written to, and results would go there")
     first = size = None
-    for name, path, model in zip(args.runs, paths, models):
+    for name, path, model, then in zip(args.runs, paths, models, written):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures,
                                         download=args.download)
+        # What lies there now has other results.
+        late = "" if modified(path) == then else ", has trained on since"
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
         try:
-            record(home(path) / "eval.json", key, result | {"model": model.origin, "root": root})
+            result |= {"model": model.origin, "root": root}
+            record(home(path) / "eval.json", key + late, result)
         finally:  # kept first, printed second; and printed if it cannot be kept
-            print(f"{name}: {key}, {result['seconds']:.0f} s\n  {model.origin}\n  "
+            print(f"{name}: {key}{late}, {result['seconds']:.0f} s\n  {model.origin}\n  "
                   + "  ".join(numbers))
         if args.save_pictures and shots:
             file = home(path) / f"{key.replace(' ', '-')}.png"
@@ -1489,7 +1510,8 @@ def run(args) -> None:
         print(f"  minus {args.runs[0]}{other}, with 95 % intervals over test pictures:")
         for metric, (d, low, high) in difference(first, stats).items():
             note = "  (lower is better)" if metric in LOWER else ""
-            print(f"    {metric:7}{d:+9.4f}   [{low:+.4f}, {high:+.4f}]{note}")
+            ends = f"[{low:+.4f}, {high:+.4f}]" if low == low else "[one picture: no interval]"
+            print(f"    {metric:7}{d:+9.4f}   {ends}{note}")
 
 
 def main(argv=None) -> None:

@@ -304,7 +304,10 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
     names, if there are `classes`, and of depth, if there is a largest depth `far` in metres."""
     font = ImageFont.load_default()
     margin, gap, line = 96, 4, 18  # pixels: room for titles, between tiles, of a legend's line
-    wide = max(round(side * tile.shape[2] / tile.shape[1]) for row in rows.values() for tile in row)
+    def across(tile: Tensor) -> int:
+        return max(round(side * tile.shape[2] / tile.shape[1]), 1)
+
+    wide = max(across(tile) for row in rows.values() for tile in row)
     width = margin + max(map(len, rows.values())) * (wide + gap)
     in_a_line = max((width - margin) // 110, 1)  # class names
     lines = -(-len(classes) // in_a_line) + (far > 0)
@@ -317,8 +320,7 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
             shift = 14 * (j - title.count(" ") / 2)  # the words of a title are centred
             draw.text((4, top + side // 2 - 8 + shift), word, "black", font)
         for j, tile in enumerate(row):
-            across = round(side * tile.shape[2] / tile.shape[1])
-            big = F.interpolate(tile[None].float(), (side, across))
+            big = F.interpolate(tile[None].float(), (side, across(tile)))
             page.paste(TF.to_pil_image(big[0].clamp(0, 1)), (margin + j * (wide + gap), top))
 
     top = len(rows) * (side + gap) + gap

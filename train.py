@@ -292,7 +292,9 @@ def parse(argv) -> argparse.Namespace:
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
     if args.spec and not args.spec.strip(","):
         p.error("argument --spec: names nothing; leave it out, or give a comma list")
-    args.spec = tuple(filter(None, args.spec.split(",")))
+    given = dict.fromkeys(filter(None, map(str.strip, args.spec.split(","))))
+    known = [name for name in clsspec.COMPONENTS if name in given]  # in one order, each once
+    args.spec = (*known, *(given.keys() - known))
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
         given = [short(x) for x in (args.init, args.data) if x not in (None, "scenes")]
@@ -300,7 +302,7 @@ def parse(argv) -> argparse.Namespace:
         spec = args.spec or ([] if args.init else ["plain"])
         words = [args.recipe, args.scale, *given, *spec, blocks, f"s{args.seed}"]
         args.out = "runs/" + "-".join(filter(None, words))
-    args.out = Path(args.out)
+    args.out = Path(args.out).expanduser()
     return args
 
 
@@ -353,8 +355,11 @@ class Folder(torch.utils.data.Dataset):
         return len(self.files)
 
     def found(self) -> str:
-        """How many files there are, and a checksum of their names in their order."""
-        names = "\n".join(os.path.basename(file) for file in self.files if isinstance(file, str))
+        """How many files there are, and a checksum of their names in their order and some sizes."""
+        files = [file for file in self.files if isinstance(file, str)]
+        names = "\n".join(map(os.path.basename, files))
+        some = files[:: len(files) // 100 + 1]  # frames of two films may have the same names
+        names += "".join(f" {os.path.getsize(file)}" for file in some if os.path.exists(file))
         return f"{len(self)} files ({zlib.crc32(names.encode(errors='replace')):08x})"
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, list[str]]:
@@ -1086,7 +1091,8 @@ class RunFolder:
     def put_away(self, step: int) -> None:
         """Results that lie here are of another network than that of this step."""
         if self.new:  # of the old run: from here on the folder is the new one's
-            for name in ("eval*.json", "analysis*.json", "pictures.png"):
+            for name in ("eval.json", "eval.step*.json", "analysis.json", "analysis.step*.json",
+                         "pictures.png"):
                 for file in self.path.glob(name):
                     file.unlink()
         elif step != self.saved:  # of this run, as it was when it went on
@@ -1407,7 +1413,8 @@ def own_table(args, folder: Folder) -> None:
         asked = torch.arange(len(rows), device=x.device) % 10 == 0
         guess = eval_dense.knn(x[~asked], label[~asked], x[asked], args.classes)
         right = 100 * (guess == label[asked]).float().mean().item()
-        eval_dense.record(args.out / "eval.json", f"{name} {short(args.data)}", {"knn": right})
+        key = f"{name} {short(args.data)} trained on"  # eval_dense.py has pictures not trained on
+        eval_dense.record(args.out / "eval.json", key, {"knn": right})
         print(f"{title:18}{right:22.2f}", flush=True)
 
 

@@ -170,6 +170,11 @@ def test_difference_is_paired_over_pictures():
     d, low, high = eval_dense.difference(a, b)["rmse"]
     assert d == pytest.approx(-0.1, abs=0.01) and low < d < high and high - low < 0.02
     assert eval_dense.difference(a, a)["rmse"] == (0, 0, 0)
+    few = {name: torch.cat([value[:2], math.nan * value[2:]]) for name, value in b.items()} | {"picture": torch.ones(200)}
+    d, low, high = eval_dense.difference(few, few | {"rmse": few["rmse"] + 1})["rmse"]  # some draws have neither of the two
+    assert (d, low, high) == pytest.approx((1, 1, 1))
+    one = eval_dense.difference(*({name: value[:1] for name, value in x.items()} for x in (a, b)))["rmse"]
+    assert math.isnan(one[1]) and math.isnan(one[2]) and not math.isnan(one[0])
 
 
 # --- heads -------------------------------------------------------------------------------------------
@@ -352,6 +357,15 @@ def test_commands_write_what_they_print(runs, capsys):
     assert len(results) == 2 and "rmse" not in student and "; student, step 2" in student["model"]
 
 
+def test_a_run_that_has_trained_on_meanwhile_keeps_no_old_number(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    evaluate = eval_dense.evaluate
+    monkeypatch.setattr(eval_dense, "evaluate", lambda *args, **more: os.utime(tmp_path / "a/last.pt") or evaluate(*args, **more))
+    eval_dense.main([str(tmp_path / "a"), *FEW, "--tasks", "knn"])
+    key, = json.loads((tmp_path / "a/eval.json").read_text()).keys() - json.loads((runs / "a/eval.json").read_text()).keys()
+    assert key.endswith(", has trained on since")
+
+
 def test_results_of_a_file_stay_out_of_a_run_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert eval_dense.home(Path("runs/a/last.pt")) == Path("runs/a")
@@ -400,8 +414,8 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
     text = capsys.readouterr().out
     assert "every tenth of 40 pictures" in text and "of 2\n" in text and "(Scenes" not in text
     results = json.loads((tmp_path / "a/eval.json").read_text())
-    assert list(results) == ["untrained own", "teacher own"]
-    assert results["untrained own"]["knn"] == 100 and "before training                   100.00" in text  # colours are easy to tell
+    assert list(results) == ["untrained own trained on", "teacher own trained on"]
+    assert results["untrained own trained on"]["knn"] == 100 and "before training                   100.00" in text  # colours are easy to tell
     (tmp_path / "own/red/3.png").write_bytes(b"no picture")
     train.main([*flags, str(tmp_path / "own"), "--out", str(tmp_path / "b")])
     assert "no table of them: " in capsys.readouterr().out and not (tmp_path / "b/eval.json").exists()
@@ -1018,6 +1032,16 @@ def test_a_batch_of_a_single_patch_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a batch of a single patch has no variance.*raise --batch-size"):
         eval_dense.evaluate(Oracle(), "pairs", str(tree(tmp_path / "t", size=(16, 16))),
                             replace(SHORT, batch_size=1, image_size=8))
+
+
+def test_two_pictures_of_one_map_and_classes_beyond_are_known_before_training(tmp_path):
+    at = tree(tmp_path / "t")
+    save_map(at / "masks/val/1.png", 9, size=(32, 48))
+    with pytest.raises(ValueError, match="masks/val/1.png has class 9, but the set has only 4"):
+        opened("pairs", at)
+    save_map(at / "images/train/3.jpg", 7, "RGB", (32, 48))
+    with pytest.raises(ValueError, match="3.jpg and 3.png in .*images/train would have one map; rename one"):
+        opened("pairs", at)
 
 
 def test_pairs_whose_halves_do_not_match_are_refused(tmp_path):

@@ -537,6 +537,18 @@ def test_one_photo_is_enough_to_see_it_run(tmp_path, capsys):
     assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
+def test_lists_may_have_spaces_and_any_order():
+    args = [train.parse(["--scale", "nano", "--spec", spec]) for spec in ("qkv, norms,qkv", "norms,qkv")]
+    assert args[0].spec == args[1].spec == ("norms", "qkv") and args[0].out == args[1].out
+    assert train.parse(["--out=~/x"]).out == Path.home() / "x"
+
+
+def test_other_pictures_of_the_same_names_are_other_pictures(tmp_path):
+    for film, side in (("a", 8), ("b", 16)):
+        save_map(tmp_path / film / "frame0.png", 7, size=(side, side))
+    assert len({train.Folder(str(tmp_path / film), 8).found() for film in "ab"}) == 2
+
+
 def test_weights_that_have_learnt_get_lower_rates_by_themselves():
     new, init = (train.parse(["--scale", "nano", *more]) for more in ([], ["--init", "w.pth"]))
     assert (new.lr, new.head_lr, init.lr, init.head_lr) == (4e-3, 1, 1e-4, 10)

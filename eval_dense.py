@@ -1376,6 +1376,7 @@ def home(path: Path) -> Path:
 
 
 def modified(path: Path) -> int | None:
+    """When a file was last written, nanoseconds; None: it is gone."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
@@ -1489,7 +1490,7 @@ def run(args) -> None:
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures,
                                         download=args.download)
-        # What lies there now has other results.
+        # A run may train on meanwhile: what lies there then has other results.
         late = "" if modified(path) == then else ", has trained on since"
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
         try:

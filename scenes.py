@@ -304,6 +304,7 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
     names, if there are `classes`, and of depth, if there is a largest depth `far` in metres."""
     font = ImageFont.load_default()
     margin, gap, line = 96, 4, 18  # pixels: room for titles, between tiles, of a legend's line
+
     def across(tile: Tensor) -> int:
         return max(round(side * tile.shape[2] / tile.shape[1]), 1)
 

@@ -29,7 +29,7 @@ itself (skipped branches, mixup) and the meters `usage` and `cls_std`. On a CPU,
 ranks, threads and --compile, the weights of a resumed run equal an unbroken one's to the bit; a GPU
 adds up gradients in no fixed order.
 In shapes: B pictures of side S, 2 global and L local views of each, V = 2 + L; N patches a view, M
-masked in all, width D, K prototypes; n: so many of whatever it is.
+masked in all, width D, K prototypes; n: a number of rows, of whatever they are.
 """
 
 import argparse
@@ -290,11 +290,12 @@ def parse(argv) -> argparse.Namespace:
                 p.error(f"argument --{name.replace('_', '-')}: --supervised has one view a picture "
                         "and one loss, of labels; leave this out")
         args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
-    if args.spec and not args.spec.strip(","):
-        p.error("argument --spec: names nothing; leave it out, or give a comma list")
-    given = dict.fromkeys(filter(None, map(str.strip, args.spec.split(","))))
-    known = [name for name in clsspec.COMPONENTS if name in given]  # in one order, each once
-    args.spec = (*known, *(given.keys() - known))
+    try:
+        given = eval_dense.names(args.spec) if args.spec else ()
+    except argparse.ArgumentTypeError as err:
+        p.error(f"argument --spec: {err}")
+    # In one order, whatever the order they are given in; unknown ones are refused later.
+    args.spec = tuple(sorted(given, key=lambda name: [*clsspec.COMPONENTS, name].index(name)))
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
         given = [short(x) for x in (args.init, args.data) if x not in (None, "scenes")]
@@ -1253,7 +1254,8 @@ def bench(args, rank: int, ranks: int) -> None:
             take(step)
         return take, student.backbone.config.patch
 
-    # A wider MLP is how a plain network gets as many parameters: it is given, not plain.
+    # Plain has the scale's MLP: a wider one gives a network as many parameters as a specialised one
+    # has, and is then what is compared with plain.
     usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
     bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
     given, patch = stepper(args)

@@ -356,20 +356,18 @@ def draw_cosines(path: Path, group: dict, arms: list[str]) -> None:
     """The cosine of [CLS] and patches, block by block: means over seeds; beside them the difference
     to plain of the same seed with its interval. arms: those beside plain."""
     fig, axes = analyze.canvas(2, 2)
+    plain = {seed: line["cosine by block"] for seed, line in group["plain"].items()}
     for i, arm in enumerate(["plain", *arms]):
-        runs = group[arm]
-        cosines = torch.tensor([line["cosine by block"] for line in runs.values()]).double()
-        blocks, label = range(1, cosines.shape[1] + 1), arm_of(arm).label
-        curve(axes[0], i, blocks, cosines.mean(0), cosines.mean(0), cosines.mean(0), label)
-        pairs = {seed: torch.tensor(runs[seed]["cosine by block"]).double()
-                 - torch.tensor(group["plain"][seed]["cosine by block"]).double()
-                 for seed in runs if seed in group["plain"]}
-        if arm == "plain" or len(pairs) < 2:
-            continue
-        d = [about({seed: each[block - 1].item() for seed, each in pairs.items()})
-             for block in blocks]
-        curve(axes[1], i, blocks, *([found[key] for found in d]
-                                    for key in ("difference", "low", "high")), label)
+        cosines = {seed: line["cosine by block"] for seed, line in group[arm].items()}
+        means = list(map(mean, zip(*cosines.values())))  # of each block
+        blocks, label = range(1, len(means) + 1), arm_of(arm).label
+        curve(axes[0], i, blocks, means, means, means, label)
+        both = sorted(cosines.keys() & plain.keys())
+        if arm != "plain" and len(both) > 1:
+            d = [about({seed: cosines[seed][block - 1] - plain[seed][block - 1] for seed in both})
+                 for block in blocks]
+            ends = [[found[key] for found in d] for key in ("difference", "low", "high")]
+            curve(axes[1], i, blocks, *ends, label)
     axes[0].set_title("cosine of [CLS] and patches, mean of the seeds", fontsize=9)
     axes[1].set_title("minus plain of the same seed; bands: 95 % intervals", fontsize=9)
     axes[1].axhline(0, color="#0072B2")

@@ -429,7 +429,7 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
     (["--spec", "norms", "qkv"], "unrecognized arguments: qkv (a list is joined by commas"),
     (["--spce", "qkv"], "unrecognized arguments: --spce qkv;"),
     (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"),
-    (["--spec", ","], "argument --spec: names nothing"),
+    (["--spec", ","], "argument --spec: names nothing"), (["--spec", " , "], "argument --spec: names nothing"),
     (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"),
     (["--root", "x"], "argument --root: is for sets by name"),
     (["--bench", "1", "--resume"], "argument --bench: times steps of noise"),

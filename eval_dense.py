@@ -1222,7 +1222,8 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
     for batch in bar(data.batches(order, workers), "testing", len(order)):
         labels = batch["mask"] if "mask" in batch else batch["depth"]
         out = predict(model, heads, batch["image"], labels.shape[-2:], p)
-        part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}  # 1 each
+        # `picture` of a part: a 1 for each, so that `scores` knows how many there are.
+        part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}
         if "seg" in out:
             out["seg"] = out["seg"].argmax(1)  # (B, H, W)
             part["counts"] = confusion(out["seg"], batch["mask"], len(data.classes))
@@ -1315,7 +1316,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     of_train = features(model, maps, p, True, workers) if once else {}
 
     # 2. Heads on them, then the test set.
-    stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}  # 1: each counts once
+    stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}
     if dense:
         seen = replace(maps, memory=of_train) if once else maps
         best = best_heads(model, maps, seen, p, workers)

@@ -1,6 +1,7 @@
 """From lines of study.jsonl to tables and pictures of STUDY.md: `study.py --tables`, `--draw`."""
 
 import math
+import textwrap
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -377,20 +378,26 @@ def draw_cosines(path: Path, group: dict, arms: list[str]) -> None:
     fig.savefig(path, dpi=90)
 
 
-def draw_online(path: Path, group: dict, arms: list[str]) -> None:
-    """The online probe over training steps: means over seeds, in bands of a standard deviation."""
+def draw_online(path: Path, group: dict, rows: list[list[str]]) -> None:
+    """The online probe over training steps: means over seeds, in bands of a standard deviation.
+    rows: the arms of each row of panels."""
     metrics = {"mIoU %": "miou", "RMSE m": "rmse", "k-NN %": "knn"}
-    fig, axes = analyze.canvas(3, 3)
-    fig.set_size_inches(11, 4)
-    for (ax, (head, metric)), (i, arm) in product(zip(axes, metrics.items()), enumerate(arms)):
-        runs = [line["probes"] for line in group[arm].values()]
-        y = torch.tensor([[probe[metric] for probe in probes] for probes in runs]).double()
-        middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
-        steps = [probe["step"] for probe in runs[0]]
-        curve(ax, i, steps, middle, middle - spread, middle + spread, arm_of(arm).label)
-        ax.set(title=f"online {head}", xlabel="training step")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-               fontsize=8)
+    fig, axes = analyze.canvas(3 * len(rows), 3)
+    fig.set_size_inches(11, 2.9 * len(rows))
+    panels = product(rows, metrics.items())
+    for ax, (arms, (head, metric)) in zip(axes, panels):
+        for i, arm in enumerate(arms):
+            runs = [line["probes"] for line in group[arm].values()]
+            y = torch.tensor([[probe[metric] for probe in probes] for probes in runs]).double()
+            middle, spread = y.mean(0), y.std(0, correction=min(1, len(y) - 1))
+            steps = [probe["step"] for probe in runs[0]]
+            label = textwrap.fill(f"{arm_of(arm).label} ({len(runs)} seeds)", 36)
+            curve(ax, i, steps, middle, middle - spread, middle + spread, label)
+        ax.set_title(f"online {head}", fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.set_xlabel("training step", fontsize=8)
+    for ax in axes[1::3]:  # depth falls, and leaves room
+        ax.legend(fontsize=7, loc="upper right")
     fig.savefig(path, dpi=90)
 
 
@@ -409,6 +416,9 @@ def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
 
     if group["plain"]:
         draw_cosines(file.with_name("study-cosines.png"), group, list(there))
-    long = [arm for arm in study.ARMS if len(numbers(group[arm], "drift", "miou")) > 1]
-    if long:
-        draw_online(file.with_name("study-online.png"), group, long)
+    rows = {}  # control: it, and the arms that are compared with it
+    for arm in study.ARMS:
+        if len(numbers(group[arm], "drift", "miou")) > 1:
+            rows.setdefault(arm_of(arm).control or arm, []).append(arm)
+    if rows:
+        draw_online(file.with_name("study-online.png"), group, [*rows.values()])

@@ -109,7 +109,7 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("best",), CLAIM),
     ("scenes", ("plain-x4", "best-x4", "qkv4-x4"), CLAIM[:6]),
     ("scenes", ("dino-x4", "dino-best-x4", "dino-entmax-x4"), CLAIM[:6]),
-    ("scenes", ("plain-x16", "best-x16"), CLAIM[:3]),
+    ("scenes", ("plain-x16", "best-x16"), CLAIM[:6]),
     ("scenes", ("entmax", "plain-half", "entmax-half", "plain-double", "entmax-double"), CLAIM[:6]),
     ("tiny", ("plain", "qkv8", "best"), CLAIM[:6]),
     ("scenes", ("tiny-width", "tiny-width-best"), CLAIM[:3]),

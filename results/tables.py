@@ -410,7 +410,7 @@ def draw(file: Path, every: dict[tuple[str, str, str], dict]) -> None:
     there = {arm: study.ARMS[arm].label for arm in ("norms", "qkv4", "qkv8", "best") if group[arm]}
     draw_effects(file.with_name("study-effects.png"), group, there)
     long = {arm: f"{steps:,}\n{len(group[arm])} seeds" for steps, arm in HORIZON.items()
-            if group[arm]}
+            if len(group[arm]) > 1}
     if long:
         draw_effects(file.with_name("study-steps.png"), group, long, steps=True)
 

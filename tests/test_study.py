@@ -271,8 +271,15 @@ def test_pictures_of_the_tables(small, monkeypatch):
     lines = small("--workers", 2)
     for d in lines:
         d["probes"] = [{"step": step, "miou": 30, "rmse": 1, "knn": 20} for step in range(1, 9)]
+    lines = [d for d in lines if d["arm"] != "best-x4" or d["seed"] == 100]
     small.rewrite(lines)
+    rows, lengths, effects, online = [], [], tables.draw_effects, tables.draw_online
+    monkeypatch.setattr(tables, "draw_online", lambda *a: (rows.extend(a[2]), online(*a)))
+    monkeypatch.setattr(tables, "draw_effects", lambda *a, **more: (lengths.append([*a[2]]), effects(*a, **more)))
     small("--draw")
+    # A row of panels for each control; an arm of one run has neither an interval nor a line.
+    assert rows == [["plain", "norms", "best"], ["plain-x4"]]
+    assert lengths == [["norms", "best"], ["best"]]
     made = {file.name for file in small.lines.parent.glob("*.png")}
     assert made == {"study-effects.png", "study-cosines.png", "study-steps.png", "study-online.png"}
 

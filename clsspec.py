@@ -2,17 +2,17 @@
 
 [CLS] sums up a picture, a patch describes one place of it, yet in a plain ViT both pass the same
 weights. "Revisiting [CLS] and Patch Token Interaction in Vision Transformers" (arXiv 2602.08626)
-lets them part where it pays. With x = [CLS, registers, patches], the tokens of one picture:
+separates them where that pays. With x = [CLS, registers, patches], the tokens of one picture:
 
     1. norms   LN(x) -> [LN_cls(x_cls), LN_patch(x_patch)]   norm1, norm2, LayerScale of every block
     2. qkv     W x   -> [W_cls x_cls,   W_patch x_patch]     the fused projection, the first third
-    3. nothing else: attention, out-projection, MLP and the last norm stay shared (the words proj,
-       mlp, final split them, too: the paper's ablations). A token still meets one set of weights,
-       so the method's FLOPs are those of a plain ViT.
+    3. nothing else: attention, out-projection, MLP and the last norm stay shared (the components
+       proj, mlp and final separate those too, for the paper's ablations). Each token still passes
+       one set of weights, so the method's FLOPs are those of a plain ViT.
 
-`Specialised`, the first class below, is all of it; `specialize` says where it goes. Both papers'
-variants are words of the Config: registers, attention bias, class attention (CaiT), and entmax-1.5
-in place of softmax ("Vision Transformers Need Better Token Interaction", arXiv 2605.23868).
+`Specialised`, the first class below, is the whole idea; `specialize` puts it into a network. Both
+papers' variants are fields of Config: registers, attention bias, class attention (CaiT), and
+entmax-1.5 in place of softmax ("Vision Transformers Need Better Token Interaction", 2605.23868).
 
     model = clsspec.ViT(clsspec.config("small", spec=("norms", "qkv"), spec_blocks=4))
     out = model(torch.rand(2, 3, 224, 224))       # cls (2, 384), patches (2, 196, 384)
@@ -50,10 +50,10 @@ class Specialised(nn.Module):
     """A layer with two sets of weights: the first `rows` tokens pass `cls`, all others `patch`.
 
     `patch` is `layer` itself, which must return a new tensor, as its output is written to; `cls`
-    starts as a copy of it, so at first nothing changes. Each learns from its own tokens alone, and
-    so they part. State-dict names are `name.cls.*` and `name.patch.*`. `rows` is 1, [CLS], or more
-    to take registers along. rank > 0, linear layers only: W_cls = W_patch + up @ down, up = 0 at
-    first (LoRA, 2106.09685); then the bias is shared, and W_patch learns from [CLS] too.
+    starts as a copy of it, so at first nothing changes. Each learns from its own tokens alone, so
+    they drift apart. State-dict names are `name.cls.*` and `name.patch.*`. `rows` is 1 for [CLS]
+    alone, more if registers go with it. rank > 0, linear layers only: W_cls = W_patch + up @ down,
+    up = 0 at first (LoRA, 2106.09685); the bias is then shared, and W_patch learns from [CLS] too.
     """
 
     def __init__(self, layer: nn.Module, rows: int = 1, rank: int = 0):
@@ -70,11 +70,11 @@ class Specialised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D')
         y_cls = self.cls(x[:, : self.rows])
-        # All tokens pass `patch`, then its first rows are overwritten, so that they send it no
-        # gradient: a product too many for a row, but nothing is copied. This says the same:
+        # All tokens pass `patch`, then its first rows are overwritten, so they send it no gradient.
+        # That computes those rows twice, but copies nothing. The obvious way,
         #     torch.cat([self.cls(x[:, :rows]), self.patch(x[:, rows:])], dim=1)
-        # and makes a nano step 8 % longer than a plain one, where this makes it 4 % longer
-        # (`train.py --spec norms,qkv --bench 40`, one thread of an AMD EPYC).
+        # gives the same, and makes a nano step 8 % longer than a plain one; this makes it 4 %
+        # longer (`train.py --spec norms,qkv --bench 40`, one thread of an AMD EPYC).
         y = self.patch(x)
         if self.rank:
             y_cls = y_cls + y[:, : self.rows]
@@ -127,15 +127,15 @@ class Config:
     spec_init: str = "equal"  # [CLS]'s copies start as the patches' do; "fresh": linear ones anew
 
 
-# Changes that take specialisation out of a Config, in the order of specialize's arguments, which
-# `start` relies on; PLAIN: and all of the papers' variants.
+# Changes to a Config that undo specialisation, in the order of specialize's arguments (`start`
+# relies on it). PLAIN undoes the papers' other variants as well.
 NO_SPEC = dict(spec=(), spec_blocks=0, spec_where="first", spec_rank=0, registers_path="patch",
                spec_init="equal")
 PLAIN = NO_SPEC | dict(registers=0, attn="softmax", attn_bias=False, class_attn=0)
 
 
 def need(fine, text: str) -> None:
-    """ValueError(text), which a command prints as its one line, unless all is fine."""
+    """Raise ValueError(text) unless `fine`. A command prints that text as its one line."""
     if not fine:
         raise ValueError(text)
 
@@ -153,8 +153,8 @@ def config(size: str = "small", **changes) -> Config:
 
 
 def checked(c: Config) -> Config:
-    """The same, with spec_blocks as a number, 0 where nothing in spec is counted by blocks.
-    ValueError: what cannot be, and what to do."""
+    """The same Config with spec_blocks as a number, 0 where no component of spec goes by blocks.
+    ValueError: what is impossible, and what to do."""
     need(c.width % c.heads == 0, f"width {c.width} is not a multiple of {c.heads} heads")
     need(c.image_size > 0 and c.image_size % c.patch == 0,
          f"image size {c.image_size} is no multiple of the patch, {c.patch} px; try "
@@ -194,7 +194,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch: int, width: int):
         super().__init__()
-        # As wide as its stride: one linear layer, on each patch by itself.
+        # The kernel is as wide as its stride, so this is one linear layer, applied to every patch.
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, img: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ class PatchEmbed(nn.Module):
 
 
 def in_parts(function, *x: Tensor) -> Tensor:
-    """function(*x), which looks at each row (last dimension) by itself. On a CPU so many rows at a
-    time as its cache can hold: entmax passes over them many times, and takes 0.7 of the time that
-    it takes with all rows at once."""
+    """function(*x), for a function that treats each row (last dimension) by itself. On a CPU it
+    gets as many rows at a time as the cache can hold: entmax passes over them many times, and so
+    takes 0.7 of the time that it takes with all rows at once."""
     if x[0].device.type != "cpu":
         return function(*x)
     out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
@@ -256,8 +256,8 @@ class Entmax15(torch.autograd.Function):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens: the place where [CLS] and patches meet.
 
-    Attention bias: every query can also turn to a learnt key, the same in all pictures, and gets a
-    learnt value for it, both (1, H, 1, d) (Sun et al., Massive Activations, arXiv 2402.17762).
+    Attention bias: every query can also attend to a learnt key with a learnt value, the same in all
+    pictures, both (1, H, 1, d) (Sun et al., Massive Activations, arXiv 2402.17762).
     """
 
     def __init__(self, c: Config):
@@ -271,7 +271,7 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(shape))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q, k, v, each (B, H, T, d); k and v with a bias: T + 1, it is row 0."""
+        """(B, T, D) -> q, k, v, each (B, H, T, d); an attention bias is one more row 0 of k, v."""
         q, k, v = rearrange(self.qkv(x), "b t (s h d) -> s b h t d", s=3, h=self.heads)
         if hasattr(self, "bias_k"):
             bias_k, bias_v = (bias.to(k.dtype).expand(len(k), -1, -1, -1)
@@ -281,17 +281,17 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, H, T, d), (B, H, T', d) -> attention (B, H, T, T'), rows sum to 1."""
-        # A sum of d products grows with sqrt(d), and the softmax of large scores has no slope. It
-        # is k that is scaled: it has fewer numbers than the scores.
+        # A sum of d products grows with sqrt(d), and the softmax of large scores is flat. k is
+        # scaled rather than the scores, as it has fewer numbers.
         scores = q @ (k * k.shape[-1] ** -0.5).mT
         return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); asking = n: the first n tokens alone ask, of all: (B, n, D)."""
+        """(B, T, D) -> (B, T, D). asking = n: only the first n tokens have queries: (B, n, D)."""
         q, k, v = self.queries_keys_values(x)
-        q = q[:, :, :asking]  # after the last block nobody reads patches, if the loss wants [CLS]
-        # On a CPU the fused product of few tokens is as slow on two threads as on one: 10 % of a
-        # step of nano, which has 37.
+        q = q[:, :, :asking]  # a loss of [CLS] alone reads no patches after the last block
+        # On a CPU fused attention of few tokens is no faster on two threads than on one. Without
+        # it a step of nano, which has 37 tokens, is 10 % shorter.
         few = k.shape[2] < 64 and x.device.type == "cpu"
         if self.kind == "entmax15" or few:
             out = self.weights(q, k) @ v
@@ -303,11 +303,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """GELU between two linear layers.
 
-    gelu(x) is not kept for the backward pass but made anew from x, which is kept: 22 % less memory
-    for a ViT-S, in the same time. A narrow model would take 7 % longer, and has memory enough.
+    gelu(x) is not kept for the backward pass but computed again from x, which is kept: 22 % less
+    memory for a ViT-S, in the same time. Narrow models would take 7 % longer, and need no saving.
     """
 
-    recompute_from = 192  # D
+    recompute_from = 192  # the smallest D at which this is done
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -351,25 +351,25 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); asking = n: only the first n tokens are needed, (B, n, D)."""
-        # A branch reads normed tokens and adds to raw ones: x has a way without a norm through all
-        # blocks, and so has its gradient.
+        # A branch reads normed tokens and adds to raw ones, so x has a path through all blocks
+        # without any norm, and so has its gradient.
         x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x), asking)), asking)
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch, asking: int | None = None) -> Tensor:
-        """x + branch(x). Stochastic depth in training: a random share of the pictures, rounded to
-        whole ones, skips it, and it is not computed for them, as in DINOv2."""
+        """x + branch(x). Stochastic depth, in training: a random share of the pictures, a whole
+        number of them, skips the branch, which is not computed for them, as in DINOv2."""
         if not (self.training and self.drop_path):
             return x[:, :asking] + branch(x)
         n = max(round(len(x) * (1 - self.drop_path)), 1)
         kept = torch.randperm(len(x), device=x.device)[:n]
         y = branch(x.index_select(0, kept))
-        # What is left counts for more, so that the mean is the same.
+        # The pictures that are left count for more, so that the mean over draws is the same.
         return x[:, :asking].index_add(0, kept, y.to(x.dtype), alpha=len(x) / n)
 
 
 class ClassBlock(Block):
-    """CaiT's class-attention block (arXiv 2103.17239): only [CLS] asks, and is updated."""
+    """CaiT's class-attention block (arXiv 2103.17239): only [CLS] has a query, and is updated."""
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         return torch.cat([super().forward(x, 1), x[:, 1:asking]], dim=1)
@@ -379,7 +379,7 @@ class ViT(nn.Module):
     """Pictures to tokens. Built plain, then specialised as the config says, so that a plain and a
     specialised model of one seed start from the same weights."""
 
-    origin = ""  # what a file said it is, see `load`
+    origin = ""  # where its weights came from, in words; set by `load`
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -389,9 +389,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(c.patch, c.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.mask_token = nn.Parameter(torch.zeros(1, c.width))
-        # Attention is the same in any order of tokens, so where a patch lies is added to it.
+        # Attention does not see the order of tokens, so each patch is told its place.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, c.width))
-        # The block from which on [CLS] is there: the first, or in CaiT the first ClassBlock.
+        # The block at which [CLS] joins the patches: the first, or in CaiT the first ClassBlock.
         self.join = c.depth - c.class_attn if c.class_attn else 0
         kinds = [Block] * (c.depth - c.class_attn) + [ClassBlock] * c.class_attn
         self.blocks = nn.ModuleList(kind(c) for kind in kinds)
@@ -400,17 +400,17 @@ class ViT(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
         self.initialise()
         if cfg.spec:
-            # Some copies draw random numbers; the heads that are built later should not notice.
+            # Some copies draw random numbers; the heads, drawn later, must not depend on that.
             with torch.random.fork_rng(devices=[]):
                 specialize(self, cfg.spec, cfg.spec_blocks, cfg.spec_where, cfg.spec_rank,
                            cfg.registers_path, cfg.spec_init)
 
     def initialise(self) -> None:
-        """Draw the weights (the patch projection's are torch's own). Those of variants come last,
-        so that all others are drawn as without them."""
+        """Draw the weights (the patch projection keeps torch's own). Those of variants are drawn
+        last, so that all others are the same with and without them."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        # 0.02 is meant for D >= 384; a narrower layer needs larger weights to pass on as much.
+        # 0.02 is meant for D >= 384; a narrower layer needs larger weights for outputs as large.
         std = 0.02 * max(1.0, (384 / self.config.width) ** 0.5)
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -425,9 +425,9 @@ class ViT(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         """pos_embed for h x w patches, (1, 1 + h w, D): bicubic if the grid is not the native one.
 
-        DINO and DINOv2 do so without antialias, by a scale factor (h + 0.1) / grid, pos_offset 0.1;
-        transformers' DINOv2 without it, to the size, pos_offset 0; DINOv2 with registers and timm
-        with it, to the size, pos_antialias True.
+        Three ways are in use. DINO and DINOv2: no antialias, by a factor of (h + 0.1) / grid
+        (pos_offset 0.1). transformers' DINOv2: no antialias, to the size (pos_offset 0). DINOv2
+        with registers, and timm: antialias, to the size (pos_antialias True).
         """
         grid = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (grid, grid):
@@ -449,14 +449,14 @@ class ViT(nn.Module):
         need(height % p == width % p == 0, f"picture of {height} x {width} px: both sides must be "
              f"multiples of the patch, {p} px; resize or crop it")
         x = self.patch_embed(img)  # (B, N, D)
-        if mask is not None:  # a hidden patch keeps its position: what was there is asked for
+        if mask is not None:  # a hidden patch keeps its position, to be asked what was there
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(height // p, width // p)
         x = x + positions[:, 1:]
         if self.config.registers:  # they stand for no place, so they get no position
             x = torch.cat([self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        # [CLS] stands for no place either; its position is one more learnt vector, kept as public
-        # weights have it.
+        # [CLS] stands for no place either; its position, one more learnt vector, is there because
+        # public weights have it.
         cls = (self.cls_token + positions[:, :1]).to(x.dtype)  # the same in every picture
         return cls.expand(len(x), -1, -1), x
 
@@ -464,18 +464,18 @@ class ViT(nn.Module):
                 cls_only: bool = False) -> dict[str, Tensor]:
         """img: (B, 3, h p, w p), pictures from `preprocess`; mask: (B, N) bool, True hides a patch.
 
-        layers: the blocks, counted from 1, whose tokens are wanted, side by side from the first to
-        the last; none: the last. cls_only, without layers: the last of all blocks computes [CLS]
-        alone, which spares 5 % of a ViT-S.
+        layers: the blocks, counted from 1, whose tokens are wanted, concatenated along D; none: the
+        last. cls_only, not with layers: the last block computes [CLS] alone, which saves 5 % of a
+        ViT-S.
         Returns the tokens after the final norm: cls (B, D), registers (B, R, D), patches (B, N, D),
-        of several layers with as many times D; with cls_only registers and patches are empty.
+        D times the number of layers. With cls_only registers and patches are empty.
         Raises ValueError if a side is not a multiple of the patch p.
         """
         assert not (layers and cls_only)
         cls, x = self.embed(img, mask)  # (B, 1, D), (B, R + N, D)
         kept, wanted = [], layers or (len(self.blocks),)
         for i in range(max(wanted)):
-            if i == self.join:  # in CaiT patches are by themselves until then
+            if i == self.join:  # in CaiT patches are on their own until here
                 x = torch.cat([cls, x], dim=1)  # (B, T, D)
             asking = 1 if cls_only and i == len(self.blocks) - 1 else None
             if self.checkpointing and self.training:
@@ -498,13 +498,13 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
     """Give a plain model, new or trained, separate [CLS] and patch weights, in place; returns it.
 
     spec: names from COMPONENTS; blocks: how many blocks get qkv, proj and mlp (None: a third of the
-    depth), from the `first` or the `last` one; registers_path: whose weights registers pass. The
-    copies start equal, so outputs do not change; with init "fresh" the linear layers among them are
-    drawn anew, with the same std. An optimiser made before does not know them.
+    depth), counted from the "first" or the "last"; registers_path: whose weights registers pass.
+    The copies start equal, so outputs do not change; with init "fresh" the linear layers among them
+    are drawn anew, with the same std. An optimiser made before does not know the copies.
     """
     need(not model.config.spec,
          f"this model has {', '.join(model.config.spec)} already; give a plain one")
-    # What the model says of itself comes first, and is checked: then a refusal changes nothing.
+    # The config is checked before anything else, so that a refusal changes nothing.
     model.config = c = checked(replace(
         model.config, spec=tuple(spec), spec_blocks=blocks, spec_where=where, spec_rank=rank,
         registers_path=registers_path, spec_init=init))
@@ -521,8 +521,8 @@ def specialize(model: ViT, spec, blocks: int | None = None, where: str = "first"
                     m.weight.data = torch.randn_like(m.weight) * m.weight.data.std()
 
     for i, block in enumerate(model.blocks):
-        # In every block: where they are shared, norms already pull [CLS] and patches apart, since
-        # the two are large in other dimensions (the paper's observation).
+        # Norms in every block: even a shared norm pulls [CLS] and patches apart, as the two are
+        # large in different dimensions (the paper's observation).
         if "norms" in c.spec:
             for name in ("norm1", "norm2", "ls1", "ls2") if c.layerscale else ("norm1", "norm2"):
                 fork(block, name)
@@ -541,9 +541,9 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def flops(c: Config, height: int, width: int) -> int:
-    """FLOPs, by torch's counter, of a forward pass of the plain model on one picture of so many
-    pixels, 2 for a multiply-add. The method adds none; that `Specialised` passes row 0 twice does,
-    1 / T of those layers."""
+    """FLOPs of a forward pass of the plain model on one picture of height x width pixels, by
+    torch's counter, 2 for a multiply-add. The method adds none; `Specialised` computes row 0 twice,
+    which adds 1 / T to its layers."""
     formula = sdpa_kernel(SDPBackend.MATH)  # fused attention is not counted
     # On "meta" a tensor has a shape and no numbers: nothing is computed, only counted.
     with torch.device("meta"), FlopCounterMode(display=False) as counter, formula:
@@ -559,12 +559,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pictur
 
 @lru_cache
 def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of these numbers, made once: copying them waits until a GPU has done its work."""
+    """A tensor of these numbers, made once: copying them to a GPU waits for its work to end."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
 def normalise(img: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), RGB in [0, 1] -> what all networks here, and public ones, take."""
+    """Pictures (B, 3, H, W), RGB in [0, 1] -> standardised, as public networks want them, too."""
     mean, std = (constant(x, img.device, img.dtype)[:, None, None] for x in (MEAN, STD))
     return (img - mean) / std
 
@@ -572,8 +572,8 @@ def normalise(img: Tensor) -> Tensor:
 def preprocess(img: Tensor, patch: int, side: int = 0) -> Tensor:
     """uint8 pictures (B, 3, H, W), or one, (3, H, W), RGB -> what a ViT takes, (B, 3, h p, w p).
 
-    side: of the shorter side, in pixels, 0: as it is; both are resized, antialiased, to the nearest
-    multiple of the patch p."""
+    side: the length of the shorter side, in pixels; 0: as it is. Both sides are then resized, with
+    antialias, to the nearest multiple of the patch p."""
     need(img.dtype == torch.uint8 and img.ndim in (3, 4) and img.shape[-3] == 3,
          f"preprocess takes uint8 pictures (B, 3, H, W), RGB; got {img.dtype} {tuple(img.shape)}")
     img = img.reshape(-1, *img.shape[-3:]) / 255
@@ -598,7 +598,7 @@ def weights_file(name) -> Path:
 
 
 def read(path) -> dict:
-    """What torch.save, or safetensors, put into a file, on the CPU; nothing in it is ever run.
+    """What torch.save or safetensors put into a file, on the CPU. No code in the file is ever run.
     ValueError: which file, what is wrong, what to do."""
     path = weights_file(path)
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
@@ -609,7 +609,7 @@ def read(path) -> dict:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its flags so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold one
             # Mapped, not read: optimiser and heads, most of a checkpoint, are often not wanted.
             mmap = zipfile.is_zipfile(path)  # torch's format since 1.6
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -628,8 +628,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file: 8 bytes with the length of a JSON text, {name: type, shape, from and to
-    which byte of the rest}; then the bytes. ValueError: it is none, or a part is missing."""
+    """A .safetensors file: 8 bytes with the length of a JSON text; that text, {name: type, shape,
+    and where its bytes begin and end}; the bytes. ValueError: it is none, or a part is missing."""
     data, state, end = bytearray(path.read_bytes()), {}, 0
     start = 8 + int.from_bytes(data[:8], "little")
     try:
@@ -677,9 +677,11 @@ def save(model: ViT, path) -> None:
 
 
 def load(path, network: str = "teacher") -> ViT:
-    """The ViT in any file: in one of `save`; the "teacher" or "student" in a checkpoint of train.py
-    or "untrained", as both were at step 0, made again from the seed; or public weights, for which
-    `load_weights` has more options. On the CPU, in eval mode; `model.origin` says what it is."""
+    """The ViT in any file of weights, on the CPU, in eval mode; `model.origin` says what it is.
+
+    Of a file of `save`: its network. Of a checkpoint of train.py: the "teacher", the "student", or
+    "untrained", what both were at step 0, made again from the seed. Of public weights: their
+    network, see `load_weights`, which has more options."""
     path = weights_file(path)
     state = read(path)
     ours = isinstance(state.get("model"), dict) and "width" in state["model"]
@@ -708,7 +710,7 @@ def load(path, network: str = "teacher") -> ViT:
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
         raise ValueError(f"{path} cannot be used as a checkpoint of this project ({why})") from None
-    # Outside the try: a file `init` that is gone is no fault of this one.
+    # Outside the try: that the file `init` is gone is no fault of this one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = start(cfg, init).eval()
@@ -733,12 +735,12 @@ def described(model: ViT) -> str:
 
 
 def start(cfg: Config, init: str | None = None) -> ViT:
-    """A network at step 0: new; or with shape and weights (the teacher's) of the file `init`, and
-    of cfg only drop_path and how it is specialised. ValueError: it is specialised in another way.
-    """
+    """A network at step 0: a new one; or, where there is a file `init`, with its shape and weights
+    (the teacher's), and with drop_path and the specialisation of cfg. ValueError: the file's
+    network is specialised in another way."""
     if not init:
         return ViT(cfg)
-    with torch.random.fork_rng(devices=[]):  # so that the heads drawn later are not moved
+    with torch.random.fork_rng(devices=[]):  # so that the heads, drawn later, stay the same
         given = load(init)
         model = ViT(replace(given.config, drop_path=cfg.drop_path))
         model.load_state_dict(given.state_dict())
@@ -778,7 +780,7 @@ RENAMED = (
 
 
 def unwrapped(state: dict, network: str) -> dict:
-    """The state dict itself: whole trainings keep networks in dicts of dicts."""
+    """The state dict inside: checkpoints of whole trainings are dicts of dicts."""
     for key in (network, "model", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     return state
@@ -813,7 +815,7 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
 
     source: a file, or a state dict; both may be of a whole training, with `network` ("teacher" or
     "student") inside. Classification and projection heads are left out. heads: of attention, which
-    no file tells; None: those of the known size of that width. pos_antialias: see ViT.positions;
+    files do not say; None: as in the known size of that width. pos_antialias: see ViT.positions;
     None: as the weights' own code does (timm's DINO v1 looks like DINO's own: give True).
     Raises ValueError with every key that is left over or missing.
     """
@@ -844,7 +846,7 @@ def load_weights(source, network: str = "teacher", pos_antialias: bool | None = 
     scale = "blocks.0.ls1.gamma" in s
     theirs = [str(key) for key in source]
     hub = any("embeddings." in key for key in theirs)  # transformers
-    if pos_antialias is None:  # whose weights they are is known by what only they have, or lack
+    if pos_antialias is None:  # what only some weights have, or lack, says whose they are
         deit = any("gamma_1" in key for key in theirs)
         timm_v2 = scale and "mask_token" not in s and not deit and not hub
         pos_antialias = "register_tokens" in s or timm_v2

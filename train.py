@@ -17,19 +17,19 @@ What keeps all pictures from looking alike: the teacher's targets use all protot
 (its temperature is lower); heads compare directions, not lengths; [CLS] is pushed off its nearest
 neighbour (`koleo`).
 
-Three recipes, all sets of defaults of one loop: `dinov2` (arXiv 2304.07193), [CLS] and masked
-patches; `dino` (arXiv 2104.14294), [CLS] alone; `deit3` (arXiv 2204.07118), labels in their place.
+Three recipes, each a set of defaults for one loop: `dinov2` (arXiv 2304.07193), [CLS] and masked
+patches; `dino` (arXiv 2104.14294), [CLS] alone; `deit3` (arXiv 2204.07118), labels instead.
 Below `--scale large` the scale replaces most of a recipe: `dino` and `dinov2` then differ in iBOT,
 KoLeo, the patches' head, the area of local views, how fast weight decay grows, how long prototypes
-rest and how the rate grows with the batch.
+are frozen and how the learning rate grows with the batch.
 
-The global batch is a function of (seed, step) alone and each rank takes its slice of it: workers
-change nothing, nor do ranks, as long as the global batch is the same, but for what each draws by
-itself (skipped branches, mixup) and the meters `usage` and `cls_std`. On a CPU, with equal --steps,
-ranks, threads and --compile, the weights of a resumed run equal an unbroken one's to the bit; a GPU
-adds up gradients in no fixed order.
+The global batch is a function of (seed, step) alone, and each rank takes its slice of it. So the
+number of workers changes nothing, nor does that of ranks if the global batch stays the same, except
+for what each rank draws by itself (skipped branches, mixup) and the meters `usage` and `cls_std`.
+On a CPU, with equal --steps, ranks, threads and --compile, the weights of a resumed run equal an
+unbroken one's to the bit; a GPU adds up gradients in no fixed order.
 In shapes: B pictures of side S, 2 global and L local views of each, V = 2 + L; N patches a view, M
-masked in all, width D, K prototypes; n: a number of rows, of whatever they are.
+masked in all, width D, K prototypes; n stands for any number of rows.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from functools import lru_cache
 from pathlib import Path
 from signal import SIGTERM
 
-# Threads that wait for each other should not spin for long: beside a busy program on two cores
-# Scenes are made at 5 pictures/s with GNU OpenMP's default and at 498 with this; with the machine
-# to itself at 628 and 725.
+# Threads that wait for each other should not spin for long. Beside a busy program on two cores
+# Scenes are made at 5 pictures/s with GNU OpenMP's default and at 498 with this; on an otherwise
+# idle machine at 628 and 725.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
@@ -118,15 +118,16 @@ SCALES = {
                  patch_embed_lr=1.0, drop_path=0.0, layerscale=0.0, ema=0.97, ema_end=0.99,
                  temp_end=0.04),
 }
-# Labels at nano: without LayerScale, with mixing, or with smaller crops, which often miss what the
-# label names, 26 to 30 % of pictures were named right after 700 to 1500 steps, with these 48 %.
+# Labels at nano: with these settings 48 % of pictures are named right; without LayerScale, with
+# mixing, or with smaller crops, which often miss what the label names, it was 26 to 30 %, after 700
+# to 1500 steps.
 LABELS_AT_NANO = dict(lr=1e-3, layerscale=0.1, mixup=0.0, cutmix=0.0, global_scale=(0.6, 1.0),
                       steps=3000)
 
 MANY = 10**9
-# Title: rows of name, default, range, help. A range is (from, to) of numbers, a list of words,
-# or None for a switch or a text; a default of two numbers is a pair, from and to. Recipe and scale
-# replace many of these defaults: `--help` shows those in force.
+# Title: rows of (name, default, range, help). A range is (from, to) for numbers, a list of choices
+# for words, None for a switch or free text; a default of two numbers makes a flag that takes two.
+# Recipe and scale replace many of these defaults: `--help` shows those in force.
 FLAGS = {
     "what to run": [
         ("recipe", "dinov2", list(RECIPES), "losses and their defaults"),
@@ -226,14 +227,14 @@ SPEC = tuple(clsspec.NO_SPEC)
 
 
 def short(path) -> str:
-    """A name for a file or folder, and of its folder where it is called as many others are."""
+    """A short name for a file or folder; with its parent's, where the name alone says little."""
     path = Path(path).absolute()
     common = path.stem in ("train", "images", "pictures", "data")
     return f"{path.parent.name}-{path.stem}" if common else eval_dense.name_of(path)
 
 
 def parse(argv) -> argparse.Namespace:
-    """Flags; whatever is wrong with one of them is said in a line, before anything is read."""
+    """The flags. What is wrong with one of them is said in one line, before anything is read."""
     p = eval_dense.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = [row for some in FLAGS.values() for row in some]
     for title, some in FLAGS.items():
@@ -255,7 +256,7 @@ def parse(argv) -> argparse.Namespace:
 
     cuda = torch.cuda.is_available()
     p.set_defaults(device="cuda" if cuda else "cpu", workers=8 if cuda else 2)
-    # Recipe and scale are looked at first, as the other defaults are theirs.
+    # Recipe and scale are parsed first, as they set the other defaults.
     chosen, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     scale = chosen.scale or ("small" if chosen.device == "cuda" else "nano")
     p.set_defaults(scale=scale)
@@ -283,7 +284,7 @@ def parse(argv) -> argparse.Namespace:
     for name in SHAPE if args.init else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
-        setattr(args, name, None)  # what a scale would have is not what this network has
+        setattr(args, name, None)  # the scale's shape is not this network's
     if args.supervised:  # one view a picture, and one loss
         for name in ("ibot", "koleo", "local_crops"):
             if getattr(args, name) not in (0, p.get_default(name)):
@@ -294,7 +295,7 @@ def parse(argv) -> argparse.Namespace:
         given = eval_dense.names(args.spec) if args.spec else ()
     except argparse.ArgumentTypeError as err:
         p.error(f"argument --spec: {err}")
-    # In one order, whatever the order they are given in; unknown ones are refused later.
+    # In a fixed order, however they were given; unknown ones are refused later.
     args.spec = tuple(sorted(given, key=lambda name: [*clsspec.COMPONENTS, name].index(name)))
     if not args.out:
         blocks = "" if args.spec_blocks is None else f"{args.spec_blocks}blocks"
@@ -314,26 +315,26 @@ def parse(argv) -> argparse.Namespace:
 @lru_cache(maxsize=1)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     """The order of n pictures in an epoch."""
-    # Seeds are a million apart, so that no two runs of usual length share a random number. Within a
-    # run epoch e's order has the seed of step e's views, which does no harm.
+    # Seeds are a million apart, so that two runs of usual length share no random numbers. Within a
+    # run the order of epoch e is drawn from the same seed as the views of step e; no harm in that.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def batch_index(n: int, batch: int, seed: int, step: int) -> Tensor:
     """Which of n pictures make the global batch of a step: (batch,)."""
-    epoch, at = divmod(step, n // batch)  # a new order every epoch; what fills no batch is left out
+    epoch, at = divmod(step, n // batch)  # a new order every epoch; an unfilled batch is left out
     return permutation(n, seed, epoch)[at * batch : (at + 1) * batch]
 
 
 def epoch_size(args, folder, batch: int) -> int:
-    """How many pictures an epoch has. Of too few to fill a batch some come several times."""
+    """How many pictures an epoch has. If they are too few to fill a batch, some are repeated."""
     return max(len(folder), batch) if folder else args.pictures
 
 
 class Folder(torch.utils.data.Dataset):
-    """Pictures on disk, see `eval_dense.picture_files`, or the training split of one of its sets:
-    uint8 (3, side, side), RGB; the shorter side is resized, the middle cut out. With each its
-    label, and what is wrong with files not readable."""
+    """Pictures on disk (see `eval_dense.picture_files`), or the training split of one of its sets,
+    as uint8 (3, side, side), RGB: the shorter side is resized, the middle cut out. With each come
+    its label, and what is wrong with the files that could not be read."""
 
     def __init__(self, data: str, side: int, root: str = "", download: bool = False):
         self.data, self.side = data, side
@@ -356,7 +357,7 @@ class Folder(torch.utils.data.Dataset):
         return len(self.files)
 
     def found(self) -> str:
-        """How many files there are, and a checksum of their names in their order and some sizes."""
+        """How many files there are, and a checksum of their names, in order, and of some sizes."""
         files = [file for file in self.files if isinstance(file, str)]
         names = "\n".join(map(os.path.basename, files))
         some = files[:: len(files) // 100 + 1]  # frames of two films may have the same names
@@ -366,8 +367,8 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int, list[str]]:
         bad = []
         for k in range(i, i + len(self.files)):
-            # In place of a file that cannot be read the next one that can; and where there are too
-            # few for a batch, i may be beyond the last.
+            # A file that cannot be read is replaced by the next one that can. i may be beyond the
+            # last file, where there are too few for a batch.
             k %= len(self.files)
             try:
                 img = eval_dense.open_picture(self.files[k], upright=True, side=self.side)
@@ -381,15 +382,15 @@ class Folder(torch.utils.data.Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
-    """What Folder gives for each picture -> uint8 (B, 3, S, S), labels (B,), what is wrong with
+    """A list of what Folder returns -> uint8 (B, 3, S, S), labels (B,), and what is wrong with
     unreadable files."""
     img, labels, bad = zip(*items)
     return torch.stack(img), torch.tensor(labels), sum(bad, [])
 
 
 def move(x: Tensor, device) -> Tensor:
-    """To the device; without waiting where a GPU fetches pinned memory by itself. A Mac's does so
-    too late, when the memory is something else's."""
+    """To the device, without waiting for it on CUDA, which reads pinned memory in the background.
+    (A Mac's GPU reads it too late, when the memory may hold something else.)"""
     cuda = torch.device(device).type == "cuda"
     return (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
@@ -409,7 +410,7 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
         for img, labels, bad in stream:
             yield move(img, args.device), move(labels, args.device), bad
         return
-    # Scenes fit into memory, so they are made once, on the device, and then only picked.
+    # Scenes fit into memory, so they are made once, on the device, and then only indexed.
     world, parts = Scenes("train", args.source_size), torch.arange(n, device=args.device).split(256)
     images, labels = [], []  # without masks and depths, which are twice as many bytes
     for part in bar(parts, "rendering Scenes", len(parts)) if rank == 0 else parts:
@@ -427,8 +428,8 @@ def batches(args, folder: Folder | None, first: int, rank: int, ranks: int):
 
 
 def resample(low: Tensor, high: Tensor, n_in: int, n_out: int) -> Tensor:
-    """Weights (B, n_out, n_in) that resize pixels low..high (B,) of a line to n_out: bilinear with
-    antialias, as torchvision's."""
+    """Weights (B, n_out, n_in) that resize pixels low..high (B,) of a line to n_out pixels:
+    bilinear with antialias, like torchvision's."""
     at = torch.arange(n_out, device=low.device) + 0.5
     scale = ((high - low) / n_out)[:, None, None]
     centre = low[:, None, None] + at[None, :, None] * scale
@@ -442,16 +443,17 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
     """Weights (B, size, size) that blur a line by a Gaussian of sigma (B,), pixels."""
     line = torch.arange(size, device=sigma.device)
     gauss = (line[:, None] - line) ** 2 / (-2 * sigma[:, None, None] ** 2)
-    gauss = gauss.clamp(min=-30).exp()  # smaller ones count for nothing, and denormal ones are slow
+    gauss = gauss.clamp(min=-30).exp()  # smaller ones do not count, and denormal numbers are slow
     return gauss / gauss.sum(-1, keepdim=True)
 
 
-# How bright the eye finds red, green and blue (ITU-R BT.601); v -> (1, 1, 1) x v, as a matrix.
+# How bright the eye finds red, green and blue (ITU-R BT.601); the cross product with (1, 1, 1), as
+# a matrix.
 LUMA, CROSS = (0.299, 0.587, 0.114), ((0, -1, 1), (1, 0, -1), (-1, 1, 0))
 
 
 def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
-    """Factors (B,), turns (B,) and which pictures become grey (B,) -> matrices (B, 3, 3) of RGB."""
+    """Factors (B,), turns (B,), which become grey (B,) -> matrices (B, 3, 3) that act on RGB."""
     luma, cross = (clsspec.constant(x, hue.device, hue.dtype) for x in (LUMA, CROSS))
     eye = torch.eye(3, device=hue.device)
     third, cross = torch.full_like(eye, 1 / 3), cross / math.sqrt(3)
@@ -462,8 +464,8 @@ def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
     return torch.where(grey[:, None, None], luma, matrix)
 
 
-# What the uniform numbers of a view decide: TRIES shares of the picture in the crop, TRIES aspects
-# of it, of which the first that fits is taken, and one number for each of:
+# What the uniform numbers of a view decide: TRIES areas and TRIES aspects of the crop, of which the
+# first pair that fits is taken, and one number for each of these:
 TRIES = 5
 RANDOM = ("top", "left", "flip", "blur", "sigma", "jitter", "brightness", "contrast", "saturation",
           "hue", "grey", "solarise")
@@ -472,22 +474,22 @@ DRAWN = 2 * TRIES + len(RANDOM)
 
 def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, reach: float,
          strength: float = 1.0, three: bool = False) -> Tensor:
-    """One random view of each picture: crop, flip, colours, blur, solarise, as DINO and DINOv2 do;
-    or `three`, DeiT-III's 3-Augment: one of grey, solarise and blur, and a milder jitter.
+    """One random view of each picture: crop, flip, colours, blur, solarise, as in DINO and DINOv2;
+    with `three`, DeiT-III's 3-Augment: one of grey, solarise and blur, and a milder jitter.
 
-    img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: the
-    crop's share of the picture, from .. to; blur, solarise: their chances; reach: largest sigma in
+    img: (B, 3, H, W) in [0, 1]; u: (B, DRAWN) uniform numbers, the only randomness; area: (from,
+    to), the crop's share of the picture; blur, solarise: their chances; reach: the largest sigma,
     pixels; strength: of the colour changes, 1 is DINO's. Returns (B, 3, size, size), normalised.
     """
     h, w = img.shape[-2:]
     u_share, u_ratio, others = u.split((TRIES, TRIES, len(RANDOM)), dim=1)
     u = dict(zip(RANDOM, others.unbind(1)))  # {name: (B,)}
 
-    # What is drawn, a number a picture. The crop's aspect is 3/4 to 4/3, evenly in its logarithm.
+    # The choices, one number a picture. The crop's aspect is 3/4 to 4/3, uniform in its logarithm.
     share = area[0] + (area[1] - area[0]) * u_share
     ratio = torch.exp(math.log(4 / 3) * (2 * u_ratio - 1))
     crop_h, crop_w = (h * w * share / ratio).sqrt(), (h * w * share * ratio).sqrt()  # (B, TRIES)
-    # One larger than the picture is drawn again: the first that fits, or else the first, cut off.
+    # Of several draws the first that fits into the picture; if none does, the first, cut off.
     first = ((crop_h <= h) & (crop_w <= w)).float().argmax(1, keepdim=True)
     crop_h = crop_h.gather(1, first)[:, 0].clamp(max=h)
     crop_w = crop_w.gather(1, first)[:, 0].clamp(max=w)
@@ -500,7 +502,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
         grey, solarised = u["grey"] < 0.2 * strength, u["solarise"] < solarise * strength
         blurred = u["blur"] < blur
         chance, most = 0.8, (0.4, 0.4, 0.2, 0.1)
-    # Brightness, contrast, saturation, hue: how many pictures get a change, and its limits.
+    # A share `chance` of pictures changes in brightness, contrast, saturation, hue, up to `most`.
     jittered = u["jitter"] < chance
     # DINO's are 0.1 to 2 px; 1e-2 blurs nothing, and is not 0, by which `blurring` divides.
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u["sigma"]), 1e-2)
@@ -532,9 +534,9 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
     # Drawn for the global batch, on the CPU: the same numbers on any ranks and any device.
     u = torch.rand(b * ranks, 2 + args.local_crops, DRAWN, generator=draw)
     u = move(u[rank * b : (rank + 1) * b], img.device)
-    # Global views hold most of a picture; local ones are cheap, and to say of a part what the
-    # teacher says of the whole asks for what the part belongs to.
-    # DINO's two kinds of global view, and the local.
+    # Global views show most of a picture. Local ones are cheap, and teach what a part belongs to:
+    # the student has to say of the part what the teacher says of the whole.
+    # These are DINO's two kinds of global view, and its local one.
     whole = dict(size=args.image_size, area=args.global_scale)
     part = dict(size=args.local_size, area=args.local_scale)
     kinds = [whole | dict(blur=1.0, solarise=0.0), whole | dict(blur=0.1, solarise=0.2)]
@@ -547,20 +549,20 @@ def make_views(args, img: Tensor, step: int, rank: int, ranks: int) -> tuple[Ten
 
 def labelled_views(args, img: Tensor, labels: Tensor, step: int, rank: int, ranks: int):
     """uint8 (B, 3, S, S), labels (B,) -> views by 3-Augment, mixed by mixup or CutMix, (B, 3, ..);
-    their targets (B, classes), 1 for whatever is in the mixture; the pictures as they are."""
+    their targets (B, classes), 1 for every class in the mixture; the pictures without changes."""
     draw, b = torch.Generator().manual_seed(args.seed * 1_000_003 + step), len(img)
     u = torch.rand(b * ranks, DRAWN, generator=draw)[rank * b : (rank + 1) * b]
     u = move(u, img.device)
     size, n, img = args.image_size, args.classes, img / 255
     views = view(img, u, size, args.global_scale, blur=0, solarise=0, reach=2 * size / 224,
                  strength=args.colour, three=True)
-    # Mixed pictures are new in every epoch, so that labels are not learnt by heart.
+    # Mixtures differ in every epoch, so labels cannot be learnt by heart.
     ways = [way(alpha=alpha, num_classes=n)
             for way, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     views, targets = v2.RandomChoice(ways)(views, labels) if ways else (views, F.one_hot(labels, n))
-    # As they are, for `top1`: a mixture has no one right class.
+    # Without changes, for `top1`: a mixture has no single right class.
     clean = F.interpolate(img, (size, size), mode="bilinear", antialias=True)
-    # DeiT-III: each class of a mixture is there, and is asked for by itself.
+    # As in DeiT-III, each class is a yes or no of its own, and both of a mixture are yes.
     return views, (targets > 0).float(), normalise(clean)
 
 
@@ -568,7 +570,7 @@ def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
     """Hide random rectangles among side x side patches, as BEiT and DINOv2 do: single patches could
     be guessed from their neighbours.
 
-    wanted: (B,) patches to hide at the most, 0: none; u: (B, tries, 4) uniform numbers.
+    wanted: (B,) how many patches to hide at most; u: (B, tries, 4) uniform numbers.
     Returns (B, side^2) bool.
     """
     mask, line = torch.zeros(len(wanted), side, side, dtype=torch.bool), torch.arange(side)
@@ -576,10 +578,10 @@ def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
     def inside(low: Tensor, n: Tensor) -> Tensor:  # (B,), (B,) -> (B, side)
         return (line >= low[:, None]) & (line < (low + n)[:, None])
 
-    for u_area, u_aspect, u_y, u_x in u.permute(1, 2, 0):  # a rectangle of every view at a time
+    for u_area, u_aspect, u_y, u_x in u.permute(1, 2, 0):  # one rectangle in every view at a time
         missing = wanted - mask.sum((1, 2))  # (B,), still to be hidden
-        # Before they are rounded, the area is from 4 patches to those missing, the aspect 0.3 to
-        # 1 / 0.3.
+        # Before rounding, the area is from 4 patches to all that are missing, the aspect from 0.3
+        # to 1 / 0.3.
         area = 4 + u_area * (missing - 4)
         aspect = torch.exp(math.log(0.3) * (2 * u_aspect - 1))
         h, w = ((area * a).sqrt().round().clamp(1, side) for a in (aspect, 1 / aspect))
@@ -593,23 +595,23 @@ def block_masks(wanted: Tensor, side: int, u: Tensor) -> Tensor:
 
 def make_masks(args, b: int, patch: int, step: int, rank: int, ranks: int) -> Tensor:
     """Masks for the global views of a rank, (2 b, N); as in DINOv2, a share of views has one."""
-    # Far from what the views of this step are drawn with: masks should not go with crops.
+    # A seed far from that of the step's views: masks must not depend on crops.
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
     side, views, (low, high) = args.image_size // patch, 2 * b * ranks, args.mask_ratio
     number, masked = torch.arange(views), int(views * args.mask_share)
-    # Ratios are drawn one from each of equal parts of --mask-ratio, so that no batch is all easy.
+    # --mask-ratio is cut into equal parts, one for each mask, so that no batch is all easy.
     ratio = low + (high - low) * (number + torch.rand(views, generator=draw)) / max(masked, 1)
     wanted = torch.where(number < masked, (ratio * side * side).long(), 0)
     wanted = wanted[torch.randperm(views, generator=draw)]
-    # 20 rectangles: some are dropped, with these 96 % of masks have what is wanted.
+    # Some rectangles are dropped; with 20 of them 96 % of masks hide as much as is wanted.
     u = torch.rand(views, 20, 4, generator=draw)
     mine = number.view(2, ranks, b)[:, rank].flatten()  # this rank's pictures, in both views
     return block_masks(wanted[mine], side, u[mine])
 
 
 def inputs(args, img: Tensor, labels: Tensor, patch: int, step: int, rank: int, ranks: int):
-    """What both networks are given in a step: global views, local views and masks; supervised:
-    mixed views, their targets, pictures as they are, and labels."""
+    """What both networks are given in a step: global views, local views and masks. Supervised:
+    mixed views, their targets, the pictures without changes, and labels."""
     if args.supervised:
         return *labelled_views(args, img, labels, step, rank, ranks), labels
     mask = make_masks(args, len(img), patch, step, rank, ranks) if args.ibot else None
@@ -621,7 +623,7 @@ def inputs(args, img: Tensor, labels: Tensor, patch: int, step: int, rank: int, 
 
 
 class AllSum(torch.autograd.Function):
-    """x of every rank -> their sum, on all; so its gradient is the sum of all ranks' gradients.
+    """The sum of every rank's x, on all ranks; its gradient is the sum of all ranks' gradients.
     (torch.distributed.nn has the same, deprecated.)"""
 
     @staticmethod
@@ -659,7 +661,7 @@ class Head(nn.Module):
     def __init__(self, width: int, bottleneck: int, prototypes: int, layers: int, hidden: int,
                  norm: str):
         super().__init__()
-        # Layers that are thrown away afterwards: what serves this task alone is learnt in them.
+        # These layers are thrown away afterwards; they can learn what serves this task alone.
         widths, parts = [width, *[hidden] * (layers - 1), bottleneck], []
         for i, o in zip(widths, widths[1:]):
             parts.append(nn.Linear(i, o, bias=norm == "none"))  # a norm would undo a bias
@@ -671,10 +673,10 @@ class Head(nn.Module):
             nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Both of unit length: no picture wins by being loud, and no prototype by being long.
+        # Both get unit length, so that neither a picture nor a prototype wins by its length.
         x = F.normalize(self.mlp(x).float(), dim=-1)
-        # weight_norm's operator: F.normalize(self.last) in half the time, which spares 6 % of a
-        # ViT-S step of 4 pictures.
+        # The operator behind weight_norm does F.normalize(self.last) in half the time, which saves
+        # 6 % of a ViT-S step of 4 pictures.
         last = torch._weight_norm(self.last, self.last.new_ones(len(self.last), 1), 0)
         return F.linear(x, last).float()
 
@@ -684,9 +686,9 @@ def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     """Teacher logits (n, K), cosines, of all global views or all masked patches -> targets (n, K):
     rows sum to 1, prototypes are used equally. Sinkhorn-Knopp over the batches of all ranks, as in
     SwAV (arXiv 2006.09882) and DINOv2."""
-    # Without it one prototype could take all pictures, and the student's task would be trivial.
+    # Without it one prototype could get all pictures, and the student's task would be trivial.
     q = torch.exp((logits - 1) / temp)  # at most 1
-    for _ in range(iterations):  # each undoes a little of what the other did, less every time
+    for _ in range(iterations):  # each line undoes a little of the other's work, ever less
         q = q / all_sum(q.sum(0)).clamp(min=1e-30)  # every prototype gets the same weight ...
         q = q / q.sum(1, keepdim=True).clamp(min=1e-30)  # ... and every token too
     return q
@@ -694,11 +696,11 @@ def sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
 
 @torch.no_grad()
 def ema_centre(logits: Tensor, temp: float, centre: Tensor) -> Tensor:
-    """Teacher logits (n, K) -> softmax((logits - centre) / temp), DINO's older way against one
-    prototype that takes all. arXiv 2104.14294, equation 4."""
+    """Teacher logits (n, K) -> softmax((logits - centre) / temp), DINO's earlier way to keep one
+    prototype from getting all pictures. arXiv 2104.14294, equation 4."""
     out = F.softmax((logits - centre) / temp, dim=-1)
-    # `centre` (K,) goes a tenth of the way to the mean logits of all ranks, if there are any: a
-    # batch's own mean is noisy.
+    # `centre` (K,) moves a tenth of the way to the mean of all ranks' logits, if there are any: the
+    # mean of one batch alone is noisy.
     sums = all_sum(torch.cat([logits.sum(0), logits.new_full((1,), len(logits))]))
     centre.lerp_(sums[:-1] / sums[-1].clamp(min=1), 0.1 * (sums[-1] > 0))
     return out
@@ -711,9 +713,9 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     student: (V, B, K) logits, the two global views first; teacher: (2, B, K) targets.
     """
     student = student / temp
-    # log softmax = student - logsumexp: two steps, which spare a tensor (V, B, K).
+    # log softmax = student - logsumexp, term by term, which saves a tensor (V, B, K).
     dots = torch.einsum("tbk,vbk->tvb", teacher, student)
-    # A row of targets sums to 1, but for rows of Sinkhorn's that have underflowed to 0.
+    # A row of targets sums to 1, unless Sinkhorn's underflowed to 0.
     loss = (teacher.sum(-1)[:, None] * student.logsumexp(-1) - dots).mean(-1)  # (2, V)
     other = 1 - torch.eye(*loss.shape, device=loss.device)  # a view does not learn from itself
     return (other * loss).sum() / other.sum()
@@ -721,7 +723,7 @@ def dino_loss(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
 
 def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, views: int) -> Tensor:
     """Cross-entropy on masked patches, nats: mean over a view's masked patches, then over `views`.
-    The student sees the picture with holes, the teacher sees all of it (arXiv 2111.07832).
+    The student sees the picture with patches hidden, the teacher all of it (arXiv 2111.07832).
 
     student: (M, K) logits; teacher: (M, K) targets; weight: (M,), 1 / masked patches of that view.
     A view without a mask counts as 0, as in DINOv2.
@@ -733,7 +735,7 @@ def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, temp: float, vie
 def koleo(z: Tensor) -> Tensor:
     """Push embeddings off their nearest neighbour: -mean_i log(min_j |z_i - z_j| + 1e-8), in nats.
 
-    z: (B, D), scaled to unit norm here, of one view: two of a picture may well be near each other.
+    z: (B, D), scaled to unit norm here; of one view, as two views of a picture should be close.
     Neighbours are looked for on all ranks. arXiv 1806.03198.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -744,13 +746,13 @@ def koleo(z: Tensor) -> Tensor:
         dots = z @ everyone.T
         dots.diagonal(rank * len(z)).fill_(-2)  # not itself: -1 is the least of all cosines
         near = dots.argmax(1)  # of unit vectors, the largest product is the smallest distance
-    # The logarithm: who has a neighbour close by is pushed hardest. 1e-8: two may be the same.
+    # By the logarithm those closest to a neighbour are pushed hardest. 1e-8: two may be equal.
     return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
 
 
 def precision_for(device: str, width: int) -> str:
-    """What pays here. One thread of a CPU with avx512_bf16 took 0.71 of the time for a ViT-S step
-    in bf16, and 1.23 of it at nano; a CPU or GPU without emulates it, many times as slowly."""
+    """bf16 where it is faster. On one thread of a CPU with avx512_bf16 a ViT-S step took 0.71 of
+    the time in bf16, and one of nano 1.23; hardware without bf16 emulates it, many times slower."""
     if device == "cuda":
         return "bf16" if eval_dense.gpu_has_bf16() else "fp32"
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public name says it
@@ -759,15 +761,15 @@ def precision_for(device: str, width: int) -> str:
 
 
 class Network(nn.Module):
-    """ViT and heads: what the student and the teacher both are. In bf16 where it is asked for; all
-    that comes out, and so every loss, is fp32."""
+    """A ViT and its heads: the student is one, the teacher another. It computes in bf16 if asked
+    to; all its outputs, and so every loss, are fp32."""
 
     def __init__(self, args):
         super().__init__()
         spec = {k: getattr(args, k) for k in SPEC}
         if args.init:
-            # What `load` draws must not move the heads' numbers: `untrained` is made again from the
-            # seed alone.
+            # The numbers that `load` draws must not change the heads': `untrained` is made again
+            # from the seed alone.
             with torch.random.fork_rng(devices=[]):
                 given = clsspec.load(args.init).config
             spec = {} if given.spec and not args.spec else spec  # keep what it has
@@ -778,7 +780,7 @@ class Network(nn.Module):
                                  drop_path=args.drop_path)
         self.backbone = clsspec.start(cfg, args.init)
         self.backbone.checkpointing = args.checkpointing
-        # What no loss reaches must not be waited for by DistributedDataParallel.
+        # DistributedDataParallel would wait for the gradient of a token that no loss reaches.
         self.backbone.mask_token.requires_grad = args.ibot > 0
         self.supervised = args.supervised
         self.precision = args.precision or precision_for(args.device, cfg.width)
@@ -799,8 +801,8 @@ class Network(nn.Module):
         """Views (2 B, ..), (L B, ..) or None; mask: (2 B, N); chosen: (M,) indices into all 2 B N
         patches.
 
-        Returns cls (2 B, D) of the global views, [CLS] logits (V, B, K), patch logits (M, K);
-        supervised, of views (B, ..), logits of classes (B, classes).
+        Returns cls (2 B, D) of the global views, [CLS] logits (V, B, K), patch logits (M, K).
+        Supervised: takes views (B, ..), returns logits of classes (B, classes).
         """
         with torch.autocast(*self.cast):
             out = self.backbone(global_views, mask, cls_only=chosen is None)
@@ -821,7 +823,7 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
     """Self-distillation, one pass of both networks: weighted terms of the loss, and meters of
     collapse; all scalars. mask: (2 B, N) bool on the CPU, or None without iBOT."""
     chosen, device = None, global_views.device
-    # How many patches are hidden is known on the CPU, without waiting for the GPU.
+    # The mask is on the CPU, so how many patches are hidden is known without waiting for a GPU.
     if mask is not None:
         chosen = move(mask.flatten().nonzero()[:, 0], device)
         # A view counts once, however many of its patches are hidden.
@@ -832,7 +834,7 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
         ema = args.centring == "ema"
         return ema_centre(logits, temp, centre) if ema else sinkhorn(logits, temp)
 
-    # The teacher sees the global views only, and without holes: it knows more than the student.
+    # The teacher sees global views only, with nothing hidden: it knows more than the student.
     with torch.no_grad():
         cls, logits, patch_logits = teacher(global_views, chosen=chosen)
         cls_target = targets(logits.flatten(0, 1), teacher.cls_centre).view_as(logits)
@@ -845,10 +847,10 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
     if args.koleo:
         terms["koleo"] = args.koleo * sum(koleo(one) for one in student_cls.chunk(2))
 
-    # Meters. Shares of ln K, the nats of knowing nothing: `entropy` of the targets (1: they say
-    # nothing), `usage`, of their mean (1: prototypes are used equally; as low as `entropy`: all
-    # pictures have the same). `cls_std` over the batch (0: all pictures look alike, 1: all over the
-    # sphere). `kl`, nats, of the targets to the student.
+    # Meters. As shares of ln K, the entropy of knowing nothing: `entropy`, of the targets (1: they
+    # say nothing); `usage`, of their mean (1: prototypes are used equally; as low as `entropy`: all
+    # pictures have the same target). `cls_std`, over the batch (0: all pictures look alike, 1: they
+    # are spread all over the sphere). `kl`, from the targets to the student, nats.
     mean = cls_target.mean((0, 1))  # (K,)
     entropy, usage = (-torch.xlogy(p, p).sum(-1).mean() for p in (cls_target, mean))
     spread = F.normalize(cls.float(), dim=-1).std(0).mean() * cls.shape[1] ** 0.5
@@ -859,9 +861,8 @@ def distil(args, student, teacher: Network, global_views: Tensor, local_views, m
 
 
 def supervise(student, teacher: Network, views: Tensor, targets: Tensor, clean: Tensor, labels):
-    """Binary cross-entropy of mixed views, nats, mean over classes; and as a meter `top1`, %: how
-    often the averaged network is right about this batch's pictures as they are, which is no test.
-    """
+    """Binary cross-entropy of mixed views, nats, mean over classes. The meter `top1`, %, is how
+    often the averaged network names this batch's unmixed pictures right, which is no test."""
     loss = F.binary_cross_entropy_with_logits(student(views), targets)
     with torch.no_grad():
         right = teacher(clean).argmax(1) == labels
@@ -873,8 +874,8 @@ def supervise(student, teacher: Network, views: Tensor, targets: Tensor, clean: 
 
 
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
-    """From `start` to `end` along half a cosine, after a linear rise from 0, of `warmup` steps, the
-    last of which is at `start`."""
+    """From `start` to `end` along half a cosine, after `warmup` steps of a linear rise from 0 to
+    `start`."""
     if step < warmup:
         return start * step / (warmup - 1) if warmup > 1 else start
     share = (step - warmup) / max(steps - warmup, 1)
@@ -883,13 +884,13 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
 
 def schedule(args, step: int, ranks: int) -> dict[str, float]:
     """Learning rate, weight decay, teacher momentum and temperature of a step (counted from 0)."""
-    # A larger batch has a less noisy gradient, along which larger steps can be taken.
+    # A larger batch has a less noisy gradient, which allows larger steps.
     growth = args.batch_size * ranks / args.lr_batch
     peak = args.lr * (growth**0.5 if args.lr_scaling == "sqrt" else growth)
     # Lower at first: DINO collapses above 0.06, unless it begins below (arXiv 2104.14294).
     rise = min(step / max(args.temp_warmup * args.steps, 1e-9), 1)
     return {"lr": cosine(step, args.steps, peak, args.lr_end, int(args.warmup * args.steps)),
-            # Little at first, when all is to be found; more later, when little is left to learn.
+            # Little at first, when there is all to learn; more later, when little is left.
             "wd": cosine(step, args.steps, args.wd, args.wd_end),
             "ema": cosine(step, args.steps, args.ema, args.ema_end),
             "temp": args.temp_start + (args.temp_end - args.temp_start) * rise}
@@ -897,23 +898,23 @@ def schedule(args, step: int, ranks: int) -> dict[str, float]:
 
 def make_teacher(student: Network) -> Network:
     """A copy of the student that takes no gradient and skips no branch."""
-    # Did it learn by gradients, too, both could agree on one answer for all pictures.
+    # If it, too, learnt by gradients, both could settle on one answer for all pictures.
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum teacher + (1 - momentum) student, in place."""
-    # Parameters alone: buffers are the centres, which are the teacher's own. One call for all, as
-    # hundreds of small ones would take longer than what they compute.
+    # Parameters only: the buffers are centres, and the teacher has its own. One call for all, as
+    # hundreds of small ones would take longer to start than to compute.
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
-    # To pull a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
-    # `kinds`: parts of a name, the first that fits; what they learn at may differ. "cls" are
-    # [CLS]'s copies in clsspec.Specialised; "last", the prototypes, are parts of the heads.
+    # Pulling a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
+    # `kinds` are parts of a name, of which the first that fits counts; each has its own learning
+    # rate. "cls" are [CLS]'s copies in clsspec.Specialised; "last" are the heads' prototypes.
     groups, kinds = {}, ("last", "patch_embed", "cls", "cls_head", "patch_head")
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -927,15 +928,15 @@ def make_optimizer(args, student: Network) -> torch.optim.AdamW:
 
 def set_rates(args, optimizer, now: dict[str, float], step: int) -> None:
     """Give each group its learning rate and weight decay of this step."""
-    # Why a factor: a fast patch embedding makes a ViT unstable (MoCo v3, arXiv 2104.02057), [CLS]'s
-    # copies learn from one token a view, the patches' from dozens, and heads, which --init leaves
-    # at random, have farther to go than its backbone.
+    # Why the factors: a fast patch embedding makes a ViT unstable (MoCo v3, arXiv 2104.02057);
+    # [CLS]'s copies learn from one token a view, the patches' from dozens; and heads, which --init
+    # leaves at random, have farther to go than the backbone.
     factors = {"patch_embed": args.patch_embed_lr, "cls": args.cls_lr,
                **dict.fromkeys(("cls_head", "patch_head", "last"), args.head_lr)}
     for group in optimizer.param_groups:
         factor = factors.get(group["kind"], 1)
         if group["kind"] == "last" and step < args.freeze_last * args.steps:
-            factor = 0  # early on prototypes move fast, and the backbone would chase them
+            factor = 0  # early on prototypes would move fast, and the backbone chase them
         group["lr"] = factor * now["lr"]
         group["weight_decay"] = 0 if group["free"] else now["wd"]
 
@@ -945,11 +946,11 @@ def wrap(args, student: Network, teacher: Network, ranks: int):
     if args.compile:
         for network in (student, teacher):  # dynamic shapes gain nothing, and fail with antialias
             network.backbone.compile(dynamic=False)
-        # Or each bucket of gradients would be compiled by itself, some 50 of a ViT-L.
+        # Otherwise each bucket of gradients, some 50 in a ViT-L, would be compiled by itself.
         torch._dynamo.config.optimize_ddp = False
     if ranks == 1:
         return student
-    # No buffer is the student's own business; gradients are kept once, in the buckets.
+    # The student's buffers are not used; gradients are kept once, in the buckets.
     return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False,
                                                gradient_as_bucket_view=True)
 
@@ -959,15 +960,15 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     """One step on pictures uint8 (B, 3, S, S): views, loss, gradient, AdamW, teacher.
 
     learner: the student, or DistributedDataParallel around it. Returns the schedules' numbers, and
-    scalars to log, which are left on the device: to read one would wait for the GPU.
+    scalars to log, which stay on the device: reading one would wait for the GPU.
     """
     student, now = getattr(learner, "module", learner), schedule(args, step, ranks)
-    # By schedule: large steps first, small ones to settle; a teacher that follows ever more slowly.
+    # Large steps first, small ones to settle; and a teacher that follows ever more slowly.
     set_rates(args, optimizer, now, step)
-    # Stochastic depth and mixup draw from torch's own generator: seeded by the step, so that runs
-    # can be resumed, and by the rank, whose pictures are others.
+    # Stochastic depth and mixup draw from torch's own generator. It is seeded by the step, so that
+    # runs can be resumed, and by the rank, as each rank has other pictures.
     torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
-    # Views of the pictures and masks; both networks' answers and the loss; one step.
+    # Views and masks; what both networks say, and the loss; one step of the optimiser.
     given = inputs(args, img, labels, student.backbone.config.patch, step, rank, ranks)
     if args.supervised:
         terms, meters = supervise(learner, teacher, *given)
@@ -976,10 +977,10 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
     loss = sum(terms.values())
     optimizer.zero_grad()
     loss.backward()
-    # One odd batch must not undo what many have learnt. With --clip 0 its norm is only logged.
+    # One odd batch must not undo what many have taught. With --clip 0 the norm is only logged.
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
     optimizer.step()
-    # The teacher follows: an average of many students is mostly better than the last of them.
+    # The teacher follows. An average of many students is usually better than the last of them.
     update_teacher(teacher, student, now["ema"])
     values = {"loss": loss, **terms, **meters, "grad_norm": norm}
     return now, {name: value.detach() for name, value in values.items()}
@@ -989,19 +990,19 @@ def train_step(args, learner, teacher: Network, optimizer, img: Tensor, labels: 
 # The run folder: what is kept, and how a run goes on.
 
 
-# What a run leaves: a folder that has one of these holds a run.
+# Files of a run: a folder that has one of these holds a run.
 LEFT = "config.json", "log.jsonl", "last.pt", "eval.json", "analysis.json"
 
 
 class RunFolder:
-    """--out, for as long as this process runs. Of several ranks only the first one has it.
+    """The folder --out, owned by this process until it ends. Of several ranks the first has it.
 
-    A run that lies there is not touched until the new one has a checkpoint: until then the new
-    one's files have names that end in `.new`.
+    A run that is already there is not touched until the new one has a checkpoint; until then the
+    new one's files have names that end in `.new`.
     """
 
     def __init__(self, args):
-        """ValueError: another process has it, or it holds a run that nobody asked to replace."""
+        """ValueError: another process owns it, or it holds a run that is not to be replaced."""
         self.path, self.begun = args.out, False  # begun: there are files of this run
         self.saved = None  # the step of the last checkpoint
         held = [name for name in LEFT if (self.path / name).exists()]
@@ -1013,7 +1014,7 @@ class RunFolder:
         self.claim()
 
     def claim(self) -> None:
-        """A lock that ends with its process, however that ends."""
+        """Take a lock, which goes when the process goes, however that happens."""
         self.lock = open(self.path / ".lock", "a+")
         try:
             import fcntl  # not on Windows, where nothing is claimed
@@ -1029,7 +1030,7 @@ class RunFolder:
         self.lock.flush()
 
     def close(self) -> None:
-        """Take away what says nothing without a checkpoint, and the folder, if that was all."""
+        """Remove what is of no use without a checkpoint, and the folder, if it is then empty."""
         if self.begun and self.saved is None:
             for name in ("config.json", "log.jsonl"):
                 (self.path / f"{name}{self.new}").unlink(missing_ok=True)
@@ -1038,8 +1039,8 @@ class RunFolder:
                 leave()
 
     def begin(self, args, config: clsspec.Config, first: int, ranks: int) -> int:
-        """Write config.json, and a log.jsonl that ends at the step where this run begins; returns
-        how many unreadable files it has met until then."""
+        """Write config.json, and cut log.jsonl off at the step where this run begins. Returns how
+        many unreadable files the run had met by then."""
         self.begun, self.saved = True, first or None
         log = self.path / "log.jsonl"
         lines = eval_dense.read_log(log) if first and log.exists() else []
@@ -1063,7 +1064,8 @@ class RunFolder:
                              f"{self.kept()}; free some space, then go on with --resume") from None
 
     def save(self, state: dict) -> None:
-        """Write last.pt beside, then move it into place: it is whole at any moment, and finite."""
+        """Write last.pt beside the old one, then move it into place: it is always whole. Weights
+        that are not finite are refused."""
         step, file = state["step"], self.path / "last.pt"
         for network in ("student", "teacher"):
             odd = clsspec.not_finite(state[network])
@@ -1090,40 +1092,40 @@ class RunFolder:
         self.saved = step
 
     def put_away(self, step: int) -> None:
-        """Results that lie here are of another network than that of this step."""
-        if self.new:  # of the old run: from here on the folder is the new one's
+        """Move old results away: they are of another network than that of this step."""
+        if self.new:  # they are an old run's, and from here on the folder is the new one's
             for name in ("eval.json", "eval.step*.json", "analysis.json", "analysis.step*.json",
                          "pictures.png"):
                 for file in self.path.glob(name):
                     file.unlink()
-        elif step != self.saved:  # of this run, as it was when it went on
+        elif step != self.saved:  # they are this run's, of the step at which it was resumed
             for name in ("eval", "analysis"):
                 if (self.path / f"{name}.json").exists():
                     os.replace(self.path / f"{name}.json",
                                self.path / f"{name}.step{self.saved}.json")
 
     def kept(self) -> str:
-        """What is safe, for a message."""
+        """What is safe, in words, for a message."""
         if self.saved is None:
             old = self.new and (self.path / "last.pt").exists()
             return "the old run is as it was" if old else "there is no checkpoint yet"
         return f"the checkpoint of step {self.saved} is intact"
 
 
-# What may differ between a run and its continuation; --batch-size, if the global batch does not.
+# Flags that may differ when a run is resumed; --batch-size only if the global batch stays the same.
 MAY_DIFFER = {"resume", "overwrite", "download", "dry_run", "out", "workers", "device", "compile",
               "checkpointing", "log_every", "save_every", "probe_every", "probe", "batch_size",
               "steps"}
 
 
 def as_json(args) -> dict:
-    """The flags as values that JSON and torch.load(weights_only=True) know."""
+    """The flags as values that JSON and torch.load(weights_only=True) can hold."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
 def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> tuple[int, int]:
-    """Load --out/last.pt into all three; returns its step, and its --steps, which may have been
-    others. ValueError: missing or foreign."""
+    """Load --out/last.pt into all three. Returns its step, and the --steps that it was made with.
+    ValueError: it is missing, or of another run."""
     path = args.out / "last.pt"
     need(path.exists(), f"--resume: there is no {path}; start anew with --overwrite in place of "
          "--resume, or correct --out")
@@ -1165,7 +1167,7 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
 
 
 def peak_mb(cuda: bool) -> float:
-    """Most memory so far, MiB: the GPU's, or this process's (0 where the system does not say)."""
+    """Peak memory so far, MiB: the GPU's, or this process's (0 where the system does not say)."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -1177,7 +1179,7 @@ def peak_mb(cuda: bool) -> float:
 
 
 def memory_gib(args, network: Network) -> dict[str, float]:
-    """About what a process will hold, GiB."""
+    """An estimate of what a process will hold in memory, GiB, by kind."""
     cfg, number = network.backbone.config, 2 if args.precision == "bf16" else 4  # bytes
     patches, local = ((side // cfg.patch) ** 2 for side in (args.image_size, args.local_size))
     views, more = 1 if args.supervised else 2, 1 + cfg.registers
@@ -1185,8 +1187,8 @@ def memory_gib(args, network: Network) -> dict[str, float]:
     pairs = views * (patches + more) ** 2 + args.local_crops * (local + more) ** 2
     pairs *= cfg.heads if cfg.attn == "entmax15" and not args.checkpointing else 0
     scenes = args.pictures if args.data == "scenes" and not args.bench else 0
-    # Kept for the backward pass, of a block and token, in numbers of D, with an MLP four times as
-    # wide; checkpointing: its input. entmax keeps attention's weights, too.
+    # Kept for the backward pass: 13 or 15 vectors of D numbers a token and block, with an MLP four
+    # times as wide; with checkpointing only the block's input. entmax keeps attention's weights.
     each = 1 if args.checkpointing else (13 + 2 * bool(cfg.layerscale)) * (1 - args.drop_path)
     masked = 2 * args.mask_share * sum(args.mask_ratio) / 2 * patches if args.ibot else 0
     rows = args.batch_size * (2 * views + args.local_crops + 2 * masked)
@@ -1199,7 +1201,7 @@ def memory_gib(args, network: Network) -> dict[str, float]:
 
 
 def describe(args, network: Network, ranks: int) -> None:
-    """What a run would do, without doing it: --dry-run."""
+    """--dry-run: say what a run would do, without doing it."""
     cfg, batch = network.backbone.config, args.batch_size * ranks
     total, copies = clsspec.parameters(network.backbone)
     wider = copies / (cfg.depth * cfg.width * (2 * cfg.width + 1))
@@ -1226,10 +1228,10 @@ def describe(args, network: Network, ranks: int) -> None:
 
 
 def bench(args, rank: int, ranks: int) -> None:
-    """--bench: steps of the network as given and of a plain one, in turns, on pictures of noise.
+    """--bench: time steps of the network as given and of a plain one, in turns, on noise pictures.
 
-    Printed are medians; ratios are of times in one round, with quartiles. `plain again` is the same
-    network as plain: what it differs by is the noise of the machine.
+    It prints medians, and ratios of times of the same round with their quartiles. `plain again` is
+    the same network as `plain`: they differ by the noise of the machine alone.
     """
     cuda, draw = args.device == "cuda", torch.Generator().manual_seed(0)
     shape = args.batch_size, 3, args.source_size, args.source_size
@@ -1238,8 +1240,8 @@ def bench(args, rank: int, ranks: int) -> None:
     first = 4 + int(args.warmup * args.steps)  # the learning rate's peak, after some for the caches
 
     def stepper(args):
-        """What takes a step with a new network, after some that compile and fill caches; and the
-        network's patch."""
+        """A function that takes a step with a new network, after some steps that compile and fill
+        caches; and the network's patch."""
         torch.manual_seed(args.seed)
         student = Network(args).to(args.device)
         need(args.spec or not student.backbone.config.spec, f"--bench: the weights in {args.init} "
@@ -1254,8 +1256,8 @@ def bench(args, rank: int, ranks: int) -> None:
             take(step)
         return take, student.backbone.config.patch
 
-    # Plain has the scale's MLP: a wider one gives a network as many parameters as a specialised one
-    # has, and is then what is compared with plain.
+    # Plain has the scale's own MLP. A wider one may be what is given, to have as many parameters as
+    # a specialised network; then it is compared with plain.
     usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
     bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
     given, patch = stepper(args)
@@ -1263,20 +1265,20 @@ def bench(args, rank: int, ranks: int) -> None:
     plain, _ = stepper(argparse.Namespace(**vars(args) | bare))
     calls = {"as given": given, "plain": plain, "plain again": plain,
              "views alone": lambda step: inputs(args, img, labels, patch, step, rank, ranks)}
-    side = 8192 if cuda else 2048  # how far from what the machine can do: one large product
+    side = 8192 if cuda else 2048  # one large product shows what the machine can do at best
     a = torch.randn(side, side, device=args.device)
     a = a.bfloat16() if args.precision == "bf16" else a
     calls["product"] = lambda step: a @ a
     times = {name: [] for name in calls}
-    for step in range(first, first + args.bench):  # all do the same step, in random order
-        # A slow moment of the machine should meet each of them equally often.
+    for step in range(first, first + args.bench):  # all take the same step, in random order
+        # Random, so that slow moments of the machine meet all of them equally often.
         for i in torch.randperm(len(calls), generator=draw).tolist():
             name, start = list(calls)[i], time.perf_counter()
             calls[name](step)
             if args.device != "cpu":
                 getattr(torch, args.device).synchronize()
             times[name].append(time.perf_counter() - start)
-    # torch counts what it sees step by step, and of attention only its plain form.
+    # torch counts eager operations only, and of attention only the plain form.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
             FlopCounterMode(display=False) as counter:
         given(first + args.bench)
@@ -1300,10 +1302,10 @@ def bench(args, rank: int, ranks: int) -> None:
 
 
 def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
-    """Refuse what cannot run, before anything is written. shape: the network, of which only shapes
-    are looked at."""
+    """Refuse what cannot run, before anything is written. shape: the network, used for its shapes
+    alone."""
     cfg = shape.backbone.config
-    idle = {} if cfg.spec else {"cls_lr": (1.0,)}  # {flag: what it may be}
+    idle = {} if cfg.spec else {"cls_lr": (1.0,)}  # {flag without effect: values it may have}
     if not args.spec:  # weights of --init that are specialised stay as they are
         idle |= {"spec_init": ("equal",), "spec_rank": (0,), "registers_path": ("patch",)}
     if not {"qkv", "proj", "mlp"} & set(args.spec):
@@ -1355,7 +1357,7 @@ ONLINE = replace(eval_dense.PROTOCOLS["scenes"], tasks=("seg", "depth", "knn"), 
 
 
 def probe(vit: clsspec.ViT) -> dict[str, float]:
-    """Metrics of a network's features on Scenes; as it is, if it is compiled."""
+    """Metrics of a network's features on Scenes; a compiled network is used uncompiled."""
     with torch.compiler.set_stance("force_eager"):
         result = eval_dense.evaluate(vit, p=ONLINE)[0]
     return {k: result[k] for k in eval_dense.METRICS if k in result}
@@ -1365,14 +1367,14 @@ STAGES = {"untrained": "before training", "teacher": "after training"}
 
 
 def final_table(args) -> None:
-    """Linear probes on Scenes of the network as it was at step 0, and of the teacher in last.pt;
-    and pictures of what both read."""
+    """Linear probes on Scenes of the network of step 0 and of the teacher in last.pt, and pictures
+    of what they read."""
     protocol = replace(eval_dense.PROTOCOLS["scenes"], tasks=eval_dense.DENSE)
     other = "" if args.data == "scenes" else f", another world than {args.data}"
     print(f"\nWhat a linear layer reads from frozen patches (Scenes{other}):\n"
           f"{'':18}classes, mIoU % (higher is better)   depth, RMSE m (lower is better)")
-    # The untrained network, too: from features that have learnt nothing a linear layer reads two
-    # thirds of nano's mIoU. What training adds is the rest.
+    # The untrained network is there because a linear layer reads two thirds of nano's mIoU from
+    # features that have learnt nothing; only the rest is what training adds.
     read = {}
     for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
@@ -1397,7 +1399,7 @@ def final_table(args) -> None:
 
 def own_table(args, folder: Folder) -> None:
     """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
-    # Up to 10,000, from all classes: files are sorted by them.
+    # Up to 10,000, evenly over the list, which is sorted by class.
     some = range(0, len(folder), max(len(folder) // 5000, 1))
     rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
     print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
@@ -1409,7 +1411,7 @@ def own_table(args, folder: Folder) -> None:
         p = eval_dense.PROTOCOLS["imagefolder"]
         try:
             found = eval_dense.features(model, every, p, False, args.workers)
-        except ValueError as err:  # a file that training has passed over
+        except ValueError as err:  # a file that training had to leave out
             return print(f"no table of them: {str(err).strip().splitlines()[-1]}")
         x, label = found["whole"][:, : model.config.width], found["label"]
         asked = torch.arange(len(rows), device=x.device) % 10 == 0
@@ -1434,8 +1436,8 @@ def run(args, rank: int, ranks: int) -> None:
         # A dry run fetches nothing; its message says how large the set is.
         fetch = args.download and not args.dry_run
         folder = Folder(args.data, args.source_size, args.root, fetch)
-    # Three values that are no flags join them, so that checkpoints hold and `resume` compares them:
-    # the pictures found, the number of classes, the precision.
+    # Three values that are no flags are kept with them, so that they are in checkpoints and
+    # `resume` compares them: the pictures found, the number of classes, the precision.
     args.found = folder.found() if folder else None
     if folder:
         args.classes = len(folder.classes)
@@ -1444,7 +1446,7 @@ def run(args, rank: int, ranks: int) -> None:
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
-    # Shapes alone, without memory: whether there is enough is not known yet.
+    # Only shapes, which take no memory: whether there is enough is not known yet.
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
     args.precision = shape.precision
@@ -1480,11 +1482,11 @@ def run(args, rank: int, ranks: int) -> None:
         uniform = f"; `dino` begins near ln {args.prototypes} = {math.log(args.prototypes):.2f}, " \
                   "and falls as the network learns"
         say(f"run folder {args.out}{'' if args.supervised else uniform}", flush=True)
-        # Several ranks leave together, at a logged step; until then a signal waits.
+        # Several ranks stop together, at a logged step; until then a signal waits.
         with signals.held() if ranks > 1 else nullcontext():
             loop(args, folder, out, student, teacher, optimizer, first, skipped, rank, ranks)
         if first_rank and args.probe:
-            # Of fewer than 20 pictures a tenth says nothing.
+            # A tenth of fewer than 20 pictures says nothing.
             if folder and sorted_out and not args.supervised and len(folder) >= 20:
                 own_table(args, folder)
             else:
@@ -1498,22 +1500,22 @@ def run(args, rank: int, ranks: int) -> None:
 
 def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first: int,
          skipped: int, rank: int, ranks: int) -> None:
-    """Steps from `first` on, with a log line, a probe and a checkpoint where they are due. out:
-    None on all ranks but the first; skipped: unreadable files until now."""
+    """Steps from `first` on, with log lines, probes and checkpoints where they are due. out: None
+    on all ranks but the first. skipped: how many files could not be read so far."""
     batch, learner = args.batch_size * ranks, wrap(args, student, teacher, ranks)
     cuda = args.device == "cuda"
     n = epoch_size(args, folder, batch)
     done, window, tick = first, [], 0.0
-    # `warned`, `foretold`: what is said once, or needs not be said.
+    # `warned`, `foretold`: whether that has been said, or need not be.
     cpu, threads, warned = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
     foretold = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
                     dynamic_ncols=True, mininterval=eval_dense.REDRAW)
 
     def log(found: dict) -> None:
-        """A line with the means since the last one, over all ranks."""
+        """Write a line of means over all ranks and all steps since the last line."""
         nonlocal window, tick, cpu, warned, foretold
-        rows = all_sum(torch.stack(window)).cpu() / ranks  # the one place that waits for a GPU
+        rows = all_sum(torch.stack(window)).cpu() / ranks  # the only place that waits for a GPU
         kept = out.kept() if out else "as on all ranks"
         check_finite(rows, list(values), done - len(rows) + 1, kept)
         line = {"step": done, "epoch": (done - 1) // (n // batch)}
@@ -1544,12 +1546,12 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                 "global_batch": batch, "student": student.state_dict(),
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
 
-    # A signal leaves at once from what takes long, but not from the midst of a step or a save.
+    # A signal interrupts whatever takes long, but never a step or a save.
     pictures = batches(args, folder, first, rank, ranks)
     try:
         while done < args.steps:
             img, labels, bad = next(pictures)
-            if not tick:  # from when there are pictures
+            if not tick:  # time counts from the first pictures on
                 tick, cpu = time.time(), time.process_time()
             with signals.held():
                 now, values = train_step(args, learner, teacher, optimizer, img, labels, done, rank,
@@ -1563,19 +1565,19 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             probing = args.probe_every and done % args.probe_every == 0
             saving = done == args.steps or done % args.save_every == 0
             if cuda and probing:
-                torch.cuda.synchronize()  # steps that are still at work count as training
+                torch.cuda.synchronize()  # steps still under way count as training
             began = time.time(), time.process_time()
             found = probe(teacher.backbone) if out and probing else {}
-            # Left out of img_per_s, which is of training, as is what saving takes.
+            # Neither probing nor saving counts in img_per_s, which is of training.
             tick, cpu = tick + time.time() - began[0], cpu + time.process_time() - began[1]
             with signals.held():
-                # Logged first: what is not finite is found before it could be saved.
+                # Logging comes first: it finds what is not finite before that could be saved.
                 if logging or probing or saving:
                     log(found)
                 if saving:
                     save()
                     tick, cpu = time.time(), time.process_time()
-            if ranks > 1 and logging:  # they agree
+            if ranks > 1 and logging:  # ranks agree on whether to stop
                 came = torch.tensor(float(signals.came), device=args.device)
                 if all_sum(came).item():
                     raise Stopped(signals.came or SIGTERM, False)
@@ -1595,12 +1597,12 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
 
 
 def leave_group(device: str) -> None:
-    """The end of several ranks' work together, good or bad."""
+    """End the work of several ranks together, after success or failure."""
     err = sys.exc_info()[1]
     if device == "cuda" and err:  # NCCL would wait for ranks that wait for this one
         code = err.code if isinstance(err, SystemExit) else 1
         code = 128 + err.number if isinstance(err, Stopped) else code
-        atexit.register(lambda: sys.stdout.flush() or os._exit(code))  # when all is said
+        atexit.register(lambda: sys.stdout.flush() or os._exit(code))  # once all is printed
         return
     time.sleep(0.1)  # gloo's threads let go of their last tensors, or torch 2.6 hangs
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Judge frozen features: linear probes of classes and depth, k-NN and linear classes of pictures.
+"""Judge frozen features: linear probes for classes and depth, k-NN and linear classes of pictures.
 
     python eval_dense.py runs/NAME                       # all tasks on Scenes; writes eval.json
     python eval_dense.py runs/a runs/b                   # a table, and b - a over the same pictures
@@ -6,27 +6,27 @@
     python eval_dense.py runs/NAME --data voc --root path/to/VOC --tasks seg
 
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
-Features  patches (and [CLS]) of the last block after the final norm; of several, --layers
-          3,6,9,12, side by side; --cat-cls: [CLS] beside each patch.
-          The backbone is frozen, in eval mode, fp32, but bf16 where CUDA has it.
-Pictures  antialiased to --image-size on the shorter side (0: as they are), then to the nearest
-          multiple of the patch on both; labels are not. --crop: train on crops of both, scale 0.5
-          to 2 (1 where there is depth), flip, padded with black, 255, no depth. Crops and windows
-          are multiples of the patch, too.
-Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0; to classes, or to 256 uniform bins of
-          depth from 0.001 m to the set's largest, which relu + 0.1, normalised, weighs to a depth.
-          Then upsampled bilinearly (corners not aligned) to the label's size.
+Features  patches (and [CLS]) of the last block after the final norm, or with --layers 3,6,9,12 of
+          several blocks, concatenated; --cat-cls: each patch concatenated with [CLS].
+          The backbone is frozen, in eval mode, in bf16 on a GPU that has it, else in fp32.
+Pictures  resized with antialias to --image-size on the shorter side (0: as they are), then to the
+          nearest multiple of the patch on both sides; labels are not resized. --crop: train on
+          crops of picture and labels: scale 0.5 to 2 (1 if there is depth), flip, padding of black,
+          255 or no depth. Crops and windows are multiples of the patch, too.
+Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0; to classes, or to weights, relu + 0.1
+          and normalised, of 256 uniform bins of depth from 0.001 m to the set's largest. The output
+          is upsampled bilinearly (corners not aligned) to the label's size.
 Losses    cross-entropy, 255 ignored; scale-invariant log loss (`silog`) of valid pixels. Each step
           looks at every (patch / 2)th row and column of the labels, from a random first one.
 Training  AdamW, weight decay 1e-4; linear warm-up, then linearly to 0; batches with replacement. Of
-          several --lr, each head's is chosen on a tenth of the pictures, held back from training.
-Test      whole pictures, or --window, averaged where windows overlap; --flip: also mirrored.
+          several --lr each head gets the one that is best on a tenth of the pictures, held out.
+Test      whole pictures, or --window, averaged where windows overlap; --flip: mirrored ones, too.
 cls       [CLS], or [CLS] beside the mean patch, standardised, into softmax regression with an L2
           penalty, by L-BFGS; input and penalty chosen on a fifth, then trained on all.
 knn       [CLS], cosine, k = 20, votes weigh exp(cosine / 0.07).
-Metrics   miou: mean of intersection / union of the whole set over classes that truth or prediction
+Metrics   miou: intersection / union over the whole set, mean over classes that truth or prediction
           has. rmse (m), absrel = mean(|p - t| / t), delta1 = share with max(p / t, t / p) < 1.25:
-          per picture, then the mean. linear, knn: accuracy. In %, but for rmse and absrel.
+          per picture, then the mean. linear, knn: accuracy. In %, except rmse and absrel.
 
                shorter side  crop, window  iterations x batch  --lr              warm-up  classes
   scenes       8 patches     -             2000 x 128          3e-2              0.1      10
@@ -37,14 +37,15 @@ Metrics   miou: mean of intersection / union of the whole set over classes that 
   kitti        352           -; flip       38400 x 16          3e-4, 1e-3, 5e-3  a third  -
   pets         224           224; -        1000 x 32           1e-2              0.1      2, and 37
   imagefolder, imagenette, cifar10: 256, of which the middle 224; cls and knn only
-Scenes: 2000 of split "probe", 1000 of "test". Depth is valid to 20 m in scenes, 10 nyu, 80 kitti,
-the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in Garg's of the lower 352 x
-1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m. pets: seg of pet and
-background, the border ignored; cls and knn of breeds, in the middle 224 of 256. --download fetches
-voc, pets, imagenette and cifar10.
-Not the papers': sampled rows and columns; depth not scaled, not coloured; crops not coloured, no
-limit on a class's share; linear decay; nyu's and kitti's rate chosen on frames of the same videos,
-without Eigen's or Garg's crop; cls: one block, not augmented.
+Scenes: 2000 of split "probe", 1000 of "test". Depth is valid to 20 m in scenes, 10 in nyu, 80 in
+kitti, the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in Garg's, of the lower
+352 x 1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m. pets: seg of pet
+and background, the border ignored; cls and knn of breeds, in the middle 224 of 256. --download
+fetches voc, pets, imagenette and cifar10.
+Unlike the papers: labels are sampled in rows and columns; for depth pictures are not rescaled;
+colours are not jittered; crops have no limit on a class's share; learning rates fall linearly, and
+nyu's and kitti's are chosen on frames of the same videos, without Eigen's or Garg's crop; cls reads
+one block, and its pictures are not augmented.
 """
 
 import argparse
@@ -80,8 +81,8 @@ import scenes
 from clsspec import ViT, need, normalise, whole_patches
 
 TASKS = ("seg", "depth", "cls", "knn")
-DENSE = ("seg", "depth")  # of every pixel; the others are of the picture as a whole
-FULL = 2**16 - 1  # the largest number of 16 bits, in a depth file no depth
+DENSE = ("seg", "depth")  # these say something of every pixel, the others of a whole picture
+FULL = 2**16 - 1  # the largest number of 16 bits; in a depth file it means no depth
 LABEL = {"seg": "mask", "depth": "depth", "cls": "label", "knn": "label"}  # what a task needs
 METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1": "{:.2f} %",
            "linear": "{:.2f} %", "knn": "{:.2f} %"}
@@ -93,7 +94,7 @@ LOWER = {"rmse", "absrel"}  # of METRICS: better when they are lower
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is one line."""
+    """argparse, except that an error is one line."""
 
     def error(self, message: str):  # argparse's own prints the usage, half a screen of it, first
         start, _, stray = message.partition("arguments: ")
@@ -107,7 +108,7 @@ def span(low, high) -> str:
 
 
 def within(kind, low, high):
-    """A flag's reader: a number of this kind (int, float), from low to high, both allowed."""
+    """Makes a flag's reader: a number of this kind (int, float) from low to high, both included."""
 
     def number(text: str):
         try:
@@ -134,14 +135,14 @@ KINDS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def is_picture(file) -> bool:
-    """By its name, which is not a hidden file's."""
+    """Judged by the file's name; hidden files are none."""
     name = Path(file).name.lower()
     return name.endswith(KINDS) and not name.startswith(".")
 
 
 def picture_files(data) -> list[str]:
-    """Paths of the pictures below a folder, sorted; of those that a text file names, a path a line,
-    all from the file's own folder or all from here; or of one picture. ValueError: there is none.
+    """Paths of all pictures below a folder, sorted; or of those in a text file, one path a line,
+    relative to the file's folder or all to this one; or of one picture. ValueError: there is none.
     """
     at = Path(data)
     need(at.is_dir() or at.is_file(),
@@ -167,7 +168,7 @@ def picture_files(data) -> list[str]:
             raise ValueError(f"--data {data}: neither a picture ({', '.join(KINDS)}) nor a text "
                              "file with a path a line") from None
         files = [line.strip() for line in lines if line.strip()]
-        # The first hundred say from where: to ask a disk far away for millions would take hours.
+        # The first hundred tell relative to what; looking for millions of files might take hours.
         if any((at.parent / file).exists() for file in files[:100]):
             files = [os.path.join(at.parent, file) for file in files]
     need(files, f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
@@ -176,7 +177,7 @@ def picture_files(data) -> list[str]:
 
 def open_picture(file, kind: str = "RGB", upright: bool = False, side: int = 0) -> Image.Image:
     """A picture as RGB, or with kind "as it is" in its own mode. upright: turned as its EXIF says.
-    side: a JPEG is decoded no finer than this needs. ValueError: which file, and why not."""
+    side: a JPEG is decoded no finer than that needs. ValueError: which file, and what is wrong."""
     if isinstance(file, Tensor):  # uint8 (3, H, W), of a set that has no file for each picture
         return TF.to_pil_image(file)
     try:
@@ -185,12 +186,12 @@ def open_picture(file, kind: str = "RGB", upright: bool = False, side: int = 0) 
             if side:
                 img.draft("RGB", (side, side))  # at 1/2, 1/4 or 1/8, before it is decoded
             if upright:
-                img = ImageOps.exif_transpose(img)  # as people see it
+                img = ImageOps.exif_transpose(img)  # as viewers show it
             if kind == "RGB" and img.mode.startswith("I"):  # 16 bits: scaled, not cut off at 255
                 img = img.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             if kind == "RGB":
                 img = img.convert("RGB")
-            img.load()  # now, while an error still has the file's name
+            img.load()  # now, so that an error names this file
             return img
     except Exception as err:  # whatever a decoder makes of a broken file
         why = (str(err) or type(err).__name__).splitlines()[0]
@@ -203,7 +204,7 @@ def read_picture(file, upright: bool = True) -> Tensor:
 
 
 def read_map(file, bits: int) -> Tensor:
-    """Classes (8 bits) or depth as it is stored (16), int (H, W). ValueError: of other bits."""
+    """A map of classes (8 bits) or of depth as stored (16), int (H, W). ValueError: other bits."""
     img = open_picture(file, "as it is")
     modes, wanted = {8: (("P", "L"), "an 8-bit index PNG"),
                      16: (("I;16", "I"), "a 16-bit grey PNG")}[bits]
@@ -214,7 +215,7 @@ def read_map(file, bits: int) -> Tensor:
 
 @contextmanager
 def intact(file: Path):
-    """Around what takes a file of ours apart: whatever it holds instead, the message names it."""
+    """Around code that reads a file of ours: if it holds something else, the error names it."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as err:
@@ -227,11 +228,12 @@ def read_json(file: Path) -> dict:
     if not file.exists():
         return {}
     with intact(file):
-        return json.loads(file.read_text()) | {}  # what is no dict cannot be joined to one
+        return json.loads(file.read_text()) | {}  # a TypeError if it is no dict
 
 
 def read_log(file: Path) -> list[dict]:
-    """The lines of a log.jsonl; one that a full disk has cut is left out. ValueError: damaged."""
+    """The lines of a log.jsonl, without a last one that a full disk cut off. ValueError: damaged.
+    """
     with intact(file):
         lines = file.read_text().splitlines(keepends=True)
         found = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
@@ -239,13 +241,14 @@ def read_log(file: Path) -> list[dict]:
 
 
 def strict(x, digits: int = 17):
-    """The same without nan and inf, which JSON does not know; numbers rounded to so many digits."""
+    """The same without nan and inf, which JSON has not, and with numbers rounded to `digits`."""
     return json.loads(json.dumps(x), parse_constant=lambda name: None,  # of NaN and Infinity
                       parse_float=lambda number: float(f"{float(number):.{digits}g}"))
 
 
 def write(file: Path, text: str) -> None:
-    """Write beside, then move into place: whole at any moment. ValueError: a full disk, say."""
+    """Write a file beside the old one, then move it into place, so that it is always whole.
+    ValueError: a full disk, say."""
     beside = file.with_name(f"{file.name}.tmp")  # on the same disk, so that the move is one step
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -259,11 +262,11 @@ def write(file: Path, text: str) -> None:
 
 
 def record(file: Path, key: str, result: dict) -> None:
-    """Put a result into a JSON file; what is there under other names stays."""
+    """Put a result into a JSON file under this key; other keys stay."""
     write(file, json.dumps(read_json(file) | {key: strict(result)}, indent=1, allow_nan=False))
 
 
-# Where Linux says how much a container may have, in its new way and in its old one.
+# Where Linux says how much memory a container may use: cgroups version 2, and version 1.
 CONTAINER = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 
 
@@ -272,31 +275,32 @@ def machine_gib(device: str) -> float:
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 2**30
     found = [math.inf]
-    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in CONTAINER:
-        with suppress(ValueError, OSError):  # no container, or "max": no limit
+        with suppress(ValueError, OSError):  # no container, or "max", no limit
             found.append(int(Path(file).read_text()))
     return min(found) / 2**30
 
 
 def need_memory(gib: float, device, what: str, advice: str) -> None:
-    """ValueError where the machine has not got so much; before hours, or the whole machine, are
-    lost to it. gib: an estimate of what must be held at once."""
+    """ValueError if the machine has less memory, before hours, or the whole machine, are lost.
+    gib: an estimate of what must be held at once."""
     there = machine_gib(torch.device(device).type)
     need(gib <= there, f"{what} would take about {gib:,.0f} GiB, and there are {there:.0f}; "
          f"{advice}")
 
 
 def gpu_has_bf16() -> bool:
-    """Of itself, as from NVIDIA's Ampere on. Without a GPU: True, as most have it."""
+    """Whether the GPU computes in bf16 itself, as NVIDIA's do from Ampere on. Without a GPU: True,
+    as most would."""
     cuda = torch.cuda
     return not cuda.is_available() or cuda.is_bf16_supported(including_emulation=False)
 
 
 def forward_gib(config: clsspec.Config, b: int, h: int, w: int, attention: bool = False) -> float:
-    """About what a forward pass of b pictures holds, without gradients, GiB. attention: its weights
-    are held, as entmax-1.5 does; softmax comes without."""
+    """An estimate of what a forward pass of b pictures holds, without gradients, GiB. attention:
+    its weights are held, too, as entmax-1.5 does; fused softmax does not."""
     tokens = (h // config.patch) * (w // config.patch)
     numbers = 4 * h * w + tokens * config.width * (6 + config.mlp_ratio)
     if attention or config.attn == "entmax15":
@@ -305,8 +309,8 @@ def forward_gib(config: clsspec.Config, b: int, h: int, w: int, attention: bool 
 
 
 class Stopped(BaseException):  # no `except Exception` on the way may swallow it
-    """A signal asks this process to leave. at_once: it is the second one, so nothing is finished
-    first. text: what is kept, for the message."""
+    """A signal asks this process to end. at_once: it is the second one, so nothing is saved first.
+    text: what is kept, for the message."""
 
     text = "; what was finished is kept"
 
@@ -316,14 +320,14 @@ class Stopped(BaseException):  # no `except Exception` on the way may swallow it
 
 
 class Signals:
-    """Ctrl-C (SIGINT), a scheduler's SIGTERM, a closed terminal's SIGHUP: they raise Stopped, but
-    wait for the end of what must not be cut in two, `with signals.held():`."""
+    """Ctrl-C (SIGINT), a scheduler's SIGTERM, a closed terminal's SIGHUP. They raise Stopped, but
+    only after the end of a block that must not be interrupted, `with signals.held():`."""
 
-    holding, came, at = False, 0, 0.0  # came: the number of the first, at: when
+    holding, came, at = False, 0, 0.0  # the number of the first signal, and when it came
 
     def handle(self, number: int, frame) -> None:
         if self.came and time.monotonic() < self.at + 1:
-            return  # the same one: torchrun passes on what the terminal has sent to all
+            return  # the same signal: torchrun passes on what the terminal sent to all processes
         again = self.came != 0
         self.came, self.at = number, time.monotonic()
         if again or not self.holding:
@@ -344,8 +348,8 @@ signals = Signals()
 
 
 def patient(worker: int) -> None:
-    """For processes that read files: signals of a terminal or a job reach them too, but it is the
-    main process that ends them, when it has saved; or else they end half a minute later."""
+    """Run in processes that read files. A terminal's or a scheduler's signals reach them too, but
+    the main process ends them, once it has saved; if it does not, they end half a minute later."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -353,7 +357,7 @@ def patient(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-# Part of torch's message -> what it means. Whatever else it raises is a fault of ours.
+# Part of a message of torch's -> what it means. Any other RuntimeError is a fault of ours.
 FAULTS = {
     "DataLoader worker": "a process that reads files has died, often for want of memory; lower "
                          "--workers",
@@ -364,7 +368,7 @@ FAULTS = {
 
 
 def quiet() -> None:
-    """What stdout has not taken goes nowhere: at its end Python would try, and complain, again."""
+    """Drop what stdout did not take: Python would try again at its end, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -373,18 +377,18 @@ def quiet() -> None:
 
 @contextmanager
 def one_line():
-    """Around a command. Whatever the user or the machine did ends in one line and a code that is
-    not 0; a fault of the program shows its traceback."""
+    """Around a command. An error of the user or the machine ends in one line and an exit code other
+    than 0; a fault of the program shows its traceback."""
     with suppress(AttributeError):  # a file may have a name that this terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {n: signal.getsignal(n) for n in numbers if n is not None}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # `nohup` ignores SIGHUP, and so it stays
+        if handler != signal.SIG_IGN:  # under `nohup` SIGHUP stays ignored
             signal.signal(number, signals.handle)
     try:
         yield
-        sys.stdout.flush()  # here, where what fails is still one line
+        sys.stdout.flush()  # here, so that a failure is still one line
         return
     except Stopped as stopped:
         line, code, cause = f"stopped by {stopped}{stopped.text}", 128 + stopped.number, stopped
@@ -409,9 +413,9 @@ def one_line():
         signals.came = 0
         for number, handler in before.items():
             signal.signal(number, handler)
-    # Frames hold the processes that read files, which would be waited for.
+    # Its frames keep alive the processes that read files; Python would wait for those.
     traceback.clear_frames(cause.__traceback__)
-    for shown in list(tqdm._instances):  # or a bar would be drawn again behind the line
+    for shown in list(tqdm._instances):  # otherwise a bar would be drawn again after the line
         shown.close()
     if code == 1:
         sys.exit(line)  # which prints it
@@ -420,21 +424,21 @@ def one_line():
 
 
 # --------------------------------------------------------------------------------------------------
-# Labelled pictures: how each data set lies on a disk.
+# Labelled pictures: how each data set is laid out on disk.
 
 
 def random_crop(item: dict, u, size: int, crop: int) -> dict:
-    """An item's crop: (crop, crop), by four uniform numbers u: scale, top, left, flip."""
+    """A crop (crop, crop) of an item. u: four uniform numbers, for scale, top, left and flip."""
     h, w = item["image"].shape[-2:]
     scale = size / min(h, w) if size else 1
-    if "depth" not in item:  # a nearer picture would have other depths
+    if "depth" not in item:  # an enlarged picture would be a nearer one, with other depths
         scale *= 0.5 + 1.5 * u[0]  # 0.5 to 2
     h, w = max(round(h * scale), 1), max(round(w * scale), 1)
     below, right = max(crop - h, 0), max(crop - w, 0)  # padding, where the picture is too small
     top, left = int(u[1] * (h + below - crop + 1)), int(u[2] * (w + right - crop + 1))
     out = {}
     for kind, x in item.items():
-        smooth = kind == "image"  # classes and depths have no value between two others
+        smooth = kind == "image"  # between two classes, or depths, there is none to interpolate
         how = TF.InterpolationMode.BILINEAR if smooth else TF.InterpolationMode.NEAREST_EXACT
         x = TF.resize(x if smooth else x[None], [h, w], how, antialias=True)  # (C, h, w)
         x = F.pad(x, (0, right, 0, below), value=255 if kind == "mask" else 0)
@@ -445,11 +449,11 @@ def random_crop(item: dict, u, size: int, crop: int) -> dict:
 
 
 def from_disk(data, order, workers: int, collate, **more):
-    """An iterator over batches of a data set that processes read. order: lists of its keys."""
+    """An iterator over batches of a data set, read by processes. order: lists of its keys."""
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=order, num_workers=workers, collate_fn=collate, worker_init_fn=patient,
-        generator=torch.Generator(), **more)  # its own, or it would draw from the global one
-    with signals.held():  # what is raised while processes are made would be lost
+        generator=torch.Generator(), **more)  # so that it does not draw from torch's own generator
+    with signals.held():  # an exception raised while processes start would be lost
         return iter(loader)
 
 
@@ -457,7 +461,7 @@ def stack(items: list[dict]) -> dict[str, Tensor]:
     """Items -> one dict of stacked tensors. ValueError where pictures have several sizes."""
     files = [item.pop("name", None) for item in items]  # for the message only
     for kind in [kind for kind, x in items[0].items() if isinstance(x, Tensor)]:
-        # Of all kinds: pictures are resized to one shorter side, their labels are not.
+        # Each kind is checked, as pictures are resized and their labels are not.
         sizes = [tuple(item[kind].shape[-2:]) for item in items]
         for file, size in zip(files, sizes):
             need(size == sizes[0], f"{file} has {size} pixels (rows, columns; {kind}), {files[0]} "
@@ -467,18 +471,19 @@ def stack(items: list[dict]) -> dict[str, Tensor]:
 
 @dataclass
 class Pictures(torch.utils.data.Dataset):
-    """One split of a data set, on disk (`rows`) or in `memory`. An item has what the set has: image
-    uint8 (3, H, W), mask uint8 (H, W), depth float (H, W) in metres, 0: none; label, an int."""
+    """One split of a data set, on disk (`rows`) or in `memory`. An item is a dict of what the set
+    has: image uint8 (3, H, W), mask uint8 (H, W), depth float (H, W), metres, 0: none, label int.
+    """
 
     rows: list[dict] = ()  # paths `image`, `mask`, `depth`, an int `label`
     memory: dict[str, Tensor] | None = None  # the items, stacked
     classes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    ids: Tensor | None = None  # (256,) number in a mask -> class; None: it is the class
-    max_depth: float = 10.0  # metres; what is farther is not valid
+    ids: Tensor | None = None  # (256,) number in a mask -> class; None: they are equal
+    max_depth: float = 10.0  # metres; larger depths are not valid
     unit: float = 1e-3  # metres, of one count in a depth file
-    sunrgbd: bool = False  # its 16 bits are turned by three; what is farther is at max_depth
-    lower: tuple | None = None  # KITTI: rows and columns that are kept, at the bottom in the middle
+    sunrgbd: bool = False  # its 16 bits are rotated by three; larger depths become max_depth
+    lower: tuple | None = None  # KITTI: how many rows and columns are kept, at the bottom centre
     region: tuple | None = None  # where depth is judged: rows, columns (slices)
     device: torch.device = torch.device("cpu")  # where batches are wanted
     size: int = 0  # with crop and patch: see Protocol
@@ -489,8 +494,9 @@ class Pictures(torch.utils.data.Dataset):
         return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
 
     def only(self, *kinds: str) -> "Pictures":
-        """With these kinds of labels alone: on disk an item is a whole picture with its maps, or
-        the middle of one with its class. In memory nothing is left out: it serves both."""
+        """The same with these kinds of labels alone: from disk an item is a whole picture with its
+        maps, or the middle of one with its class. In memory nothing is left out, as items serve
+        both."""
         keep = {"image", *kinds}
         rows = [{kind: x for kind, x in row.items() if kind in keep} for row in self.rows]
         return replace(self, rows=rows)
@@ -508,7 +514,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, key) -> dict:
         i, u = key if isinstance(key, tuple) else (key, None)
         row = self.rows[i]
-        # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
+        # A mask fits the stored pixels, whatever EXIF says, so its picture must not be turned.
         img = read_picture(row["image"], upright="label" in row)
         if "label" in row:  # the middle of the picture
             side = whole_patches(self.size, self.patch)
@@ -519,7 +525,7 @@ class Pictures(torch.utils.data.Dataset):
             item["mask"] = self.mask(row["mask"])
         if "depth" in row:
             item["depth"] = self.depth(row["depth"])
-        for kind, x in item.items():  # a mask of other pixels would be silently misplaced
+        for kind, x in item.items():  # a mask of another size would be silently misplaced
             need(x.shape[-2:] == img.shape[-2:],
                  f"{row[kind]} has {tuple(x.shape[-2:])} pixels (rows, columns), "
                  f"{row['image']} has {tuple(img.shape[-2:])}; make them equal")
@@ -540,7 +546,7 @@ class Pictures(torch.utils.data.Dataset):
         return item | {"name": row["image"]}
 
     def mask(self, file) -> Tensor:
-        """A file's classes (H, W) uint8; ValueError where it is no map of this set's classes."""
+        """A file's classes (H, W), uint8. ValueError: it has other classes than this set."""
         mask = read_map(file, bits=8)
         if self.ids is not None:
             mask = self.ids[mask.long()]  # (H, W)
@@ -550,19 +556,19 @@ class Pictures(torch.utils.data.Dataset):
         return mask
 
     def depth(self, file) -> Tensor:
-        """A file's depth (H, W), metres; 0 where there is none, or none that counts."""
+        """A file's depth (H, W), metres; 0 where there is none, or it is not valid."""
         counts = read_map(file, bits=16)
         if self.sunrgbd:
-            counts = counts >> 3 | counts << 13 & 0xFFFF  # turned back
+            counts = counts >> 3 | counts << 13 & 0xFFFF  # rotated back
         else:
             counts = torch.where(counts == FULL, 0, counts)  # how cameras write "too far"
-        depth = counts.double() * self.unit  # in float32 the farthest may come to more than it is
+        depth = counts.double() * self.unit  # float32 may round the farthest above max_depth
         far = self.max_depth if self.sunrgbd else 0
         return torch.where(depth <= self.max_depth, depth, far).float()
 
 
-# How a set is opened: (folder, split "train" or "val") -> Pictures. The first lines say what is
-# expected in the folder and where it is had, to readers and in error messages.
+# How a set is opened: (folder, split "train" or "val") -> Pictures. Each docstring says what is
+# expected in the folder, and where to get it; error messages quote it.
 
 
 def same_stems(images: Path, **folders: Path) -> list[dict]:
@@ -595,9 +601,9 @@ def class_names(file: Path) -> tuple[str, ...]:
 
 
 def largest(folder: Path, bits: int) -> int:
-    """The largest number in a folder's maps, one of which is held at a time; the last of so many
-    bits does not count, as it says that there is none."""
-    files = [*folder.glob("[!.]*.png")]  # without hidden ones
+    """The largest number in a folder's maps, except the largest of so many bits, which means that
+    there is no value. Only one map is in memory at a time."""
+    files = [*folder.glob("[!.]*.png")]  # no hidden files
     need(files, f"no .png file in {folder}")
     maps = (read_map(file, bits) for file in files)
     known = (x[x < 2**bits - 1] for x in maps)
@@ -631,16 +637,16 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
         found.classes = class_names(file) if file.exists() else numbers
         if split == "val":
             for file in (at / "masks/val").glob("[!.]*.png"):
-                found.mask(file)  # if it has other classes, this is known before training
+                found.mask(file)  # other classes are refused now, before training
     return found
 
 
-# Sets that torchvision fetches, and how much that is.
+# Sets that torchvision can download, and their sizes.
 FETCHED = {"voc": "2 GB", "pets": "0.8 GB", "imagenette": "0.3 GB", "cifar10": "0.2 GB"}
 
 
 def fetched(make, download: bool, *args):
-    """A data set of torchvision's; one that is not there is fetched, if that is wanted."""
+    """A data set of torchvision's, downloaded if it is not there and that is wanted."""
     try:
         return make(*args)
     except RuntimeError:  # its message names torchvision's flag, not ours
@@ -748,7 +754,7 @@ def imagefolder(at: Path, split: str) -> Pictures:
 def imagenette(at: Path, split: str, download: bool = False) -> Pictures:
     """imagenette2-320/ with train/ and val/, from github.com/fastai/imagenette"""
     found = fetched(torchvision.datasets.Imagenette, download, at, split, "320px")
-    names = tuple(names[0] for names in found.classes)  # of several words for each, the first
+    names = tuple(names[0] for names in found.classes)  # the first of several words for each
     return replace(imagefolder(at / "imagenette2-320", split), labels=names)
 
 
@@ -766,8 +772,8 @@ OPEN = {f.__name__: f for f in (pairs, voc, pets, ade20k, cityscapes, nyu, kitti
 
 
 def open_split(data: str, root: str, split: str, download: bool = False, **options) -> Pictures:
-    """A split, "train" or "val", of a set on disk, or fetched. ValueError: what is missing, what is
-    expected, and where it is had. options: of the function that opens it."""
+    """A split, "train" or "val", of a set on disk, or downloaded. ValueError: what is missing, what
+    is expected, and where to get it. options: of the function that opens it."""
     at = Path(root or f"data/{data}")
     wanted = f"--data {data} wants in --root {at}: " + " ".join(OPEN[data].__doc__.split())
     if data in FETCHED:
@@ -788,13 +794,13 @@ def open_split(data: str, root: str, split: str, download: bool = False, **optio
 
 
 def scenes_gib(n: int, size: int) -> float:
-    """About what rendering n Scenes and keeping them takes, GiB."""
-    return size**2 * (8 * n + 500) / 2**30  # bytes: picture, mask and depth; what makes one
+    """An estimate of the memory for n Scenes, GiB."""
+    return size**2 * (8 * n + 500) / 2**30  # bytes: picture, mask and depth; for making one
 
 
 @lru_cache(maxsize=4)
 def rendered(split: str, size: int, n: int, device: torch.device) -> Pictures:
-    """The first n Scenes of a split; made once in a process."""
+    """The first n Scenes of a split, made once in a process."""
     world = scenes.Scenes(split, size)
     return Pictures(memory=world(torch.arange(n, device=device)), classes=world.classes,
                     labels=world.labels, max_depth=world.max_depth, device=device)
@@ -815,7 +821,7 @@ def blocks(text: str) -> tuple[int, ...]:
 
 
 def flag(kind, default, help: str, use: str = "dense"):
-    """A field of Protocol that is a flag of the same name, read by `kind`. use: where it means
+    """A field of Protocol, which is also a flag of that name, read by `kind`. use: where it means
     something, see `changes`."""
     return field(default=default, metadata={"kind": kind, "help": help, "use": use})
 
@@ -890,7 +896,7 @@ def open_set(data: str, root: str, p: Protocol, patch: int, device,
 # --------------------------------------------------------------------------------------------------
 # Frozen features.
 
-REDRAW = 0.5 if sys.stderr.isatty() else 20  # seconds; a file would keep every state of a bar
+REDRAW = 0.5 if sys.stderr.isatty() else 20  # seconds; in a file every state of a bar stays
 
 
 def bar(stream, title: str, total: int):
@@ -900,8 +906,8 @@ def bar(stream, title: str, total: int):
 @torch.no_grad()
 def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
-    and what `linear` and `knn` see, [CLS] beside the mean patch, (B, 2 D). Of several layers each
-    D is as many times as wide."""
+    and what `linear` and `knn` see, [CLS] and the mean patch, concatenated, (B, 2 D). With several
+    layers D is as many times as large."""
     fast = img.is_cuda and gpu_has_bf16()
     with torch.autocast(img.device.type, torch.bfloat16, enabled=fast):
         out = model(normalise(img / 255), layers=p.layers)
@@ -914,7 +920,7 @@ def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The same things of several batches, one after the other."""
+    """Batches of the same kinds, concatenated."""
     for kind in parts[0]:
         need(len({part[kind].shape[1:] for part in parts}) == 1,
              f"pictures have several sizes ({kind}); for several sizes give --crop")
@@ -922,7 +928,8 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def features(model: ViT, data: Pictures, p: Protocol, dense: bool, workers: int) -> dict:
-    """Of all pictures: `whole` (n, 2 D), `label`; dense: also `x` (n, h, w, D), `mask`, `depth`."""
+    """For all pictures: `whole` (n, 2 D), `label`; if dense also `x` (n, h, w, D), `mask`, `depth`.
+    """
     parts = []
     order = [numbers.tolist() for numbers in torch.arange(len(data)).split(50)]
     for batch in bar(data.batches(order, workers), "frozen features", len(order)):
@@ -951,22 +958,22 @@ class Head(nn.Module):
     def __init__(self, task: str, width: int, classes: int, max_depth: float, bins: int = 256):
         super().__init__()
         self.task = task
-        self.norm = nn.BatchNorm1d(width)  # one rate suits features of any scale
+        self.norm = nn.BatchNorm1d(width)  # with it one learning rate suits features of any scale
         self.linear = nn.Linear(width, classes if task == "seg" else bins)
-        metres = torch.linspace(1e-3, max_depth, bins)  # not from 0, which has no logarithm
+        metres = torch.linspace(1e-3, max_depth, bins)  # not from 0, whose log is -inf
         self.register_buffer("bins", metres)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, up_h: Tensor, up_w: Tensor) -> Tensor:
-        """(B, h, w, D), and weights of upsampling, of rows (H, h) and of columns (W, w) -> logits
+        """(B, h, w, D), and weights that upsample rows (H, h) and columns (W, w) -> logits
         (B, classes, H, W), or depth in metres (B, H, W)."""
         shape, flat = x.shape[:3], self.norm(x.flatten(0, 2))  # (B h w, D)
         if self.task == "seg":
             x = self.linear(flat).unflatten(0, shape)  # (B, h, w, classes)
-        else:  # sum of weights x bins / sum of weights, weights relu + 0.1
-            # 256 numbers a patch: a thousand patches at a time stay in a CPU's cache, 17 ms an
-            # iteration of `scenes` instead of 29
+        else:  # sum of weights x bins / sum of weights, weights = relu + 0.1
+            # Each patch has 256 weights. A thousand patches at a time stay in a CPU's cache: 17 ms
+            # an iteration of `scenes` instead of 29.
             weights = (self.linear(part).relu() for part in flat.split(1024))
             sums = torch.cat([torch.stack([w @ self.bins, w.sum(1)], 1) for w in weights])
             metres = (sums[:, 0] + 0.1 * self.bins.sum()) / (sums[:, 1] + 0.1 * len(self.bins))
@@ -978,13 +985,13 @@ class Head(nn.Module):
 def silog(predicted: Tensor, truth: Tensor) -> Tensor:
     """Scale-invariant log loss: sqrt(var(g) + 0.15 mean(g)^2), g = log predicted - log truth, on
     valid pixels (truth > 0, in metres); 0 where there is none."""
-    # Without picking pixels out, which takes a seventh of a head's time.
+    # Valid pixels are not picked out: indexing would take a seventh of a head's time.
     valid = truth > 0
     n = valid.sum().clamp(min=1)
     g = torch.where(valid, predicted.log() - torch.where(valid, truth, 1).log(), 0)
     mean = g.sum() / n
     variance = (torch.where(valid, g - mean, 0) ** 2).sum() / n
-    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: at 0 it has no slope
+    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: no slope at 0
 
 
 def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -995,7 +1002,7 @@ def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def training_batches(index: Tensor, p: Protocol):
-    """Each iteration's pictures, out of `index`; with four uniform numbers for each one's crop."""
+    """Each iteration's pictures, drawn from `index`; for crops with four uniform numbers each."""
     draw = torch.Generator().manual_seed(p.seed)
     for _ in range(p.iterations):
         numbers = index[torch.randint(len(index), (p.batch_size,), generator=draw)].tolist()
@@ -1006,8 +1013,8 @@ def training_batches(index: Tensor, p: Protocol):
 
 def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
                 workers: int) -> dict[tuple[float, str], Head]:
-    """Train on the pictures `index` of a split, from features `x` in its memory or, where there are
-    none, with the backbone in the loop. Returns a head for every (rate in p.lr, dense task)."""
+    """Train heads on the pictures `index` of a split: on features `x`, if they are in its memory,
+    else with the backbone in the loop. Returns a head for every (rate in p.lr, dense task)."""
     width, heads = model.config.width * max(len(p.layers), 1) * (1 + p.cat_cls), {}
     with torch.random.fork_rng(devices=[]):  # heads are made on the CPU: the same on all devices
         for lr in p.lr:
@@ -1021,8 +1028,8 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
     fall = max(p.iterations - rise, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up, and then down to 0
         optimizer, lambda t: min((t + 1) / rise, (p.iterations - t) / fall, 1))
-    # Every s-th row and column, from a random first one: on average about the loss of all pixels,
-    # s^2 times cheaper.
+    # Every s-th row and column, from a random first one: on average this is about the loss of all
+    # pixels, s^2 times cheaper.
     phase, s = torch.Generator().manual_seed(p.seed), max(model.config.patch // 2, 1)
     batches = data.batches(training_batches(index, p), workers)
     for batch in bar(batches, "training heads", p.iterations):
@@ -1035,7 +1042,7 @@ def train_heads(model: ViT, data: Pictures, index: Tensor, p: Protocol,
         truth = {kind: v[:, top::s, left::s] for kind, v in truth.items()}
         up_h = bilinear(x.shape[1], h, x.device)[top::s]
         up_w = bilinear(x.shape[2], w, x.device)[left::s]
-        # The heads share nothing, so the sum trains each as if it were alone.
+        # Heads share nothing, so their summed loss trains each as if it were alone.
         loss = sum(head_loss(head.task, head(x, up_h, up_w), truth) for head in heads.values())
         optimizer.zero_grad()
         loss.backward()
@@ -1057,11 +1064,11 @@ def predict_window(model: ViT, heads: list[Head], img: Tensor, p: Protocol) -> d
 
 
 def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> dict[str, Tensor]:
-    """uint8 (B, 3, H', W') -> logits and depth at `size` (H, W), in windows and mirrored as the
-    protocol says."""
+    """uint8 (B, 3, H', W') -> logits and depth at `size` (H, W), by windows and mirroring as in the
+    protocol."""
     h, w = img.shape[-2:]
     window = p.window or max(h, w)
-    step = max(window * 2 // 3, 1)  # a third overlaps, and the last one ends with the picture
+    step = max(window * 2 // 3, 1)  # windows overlap by a third; the last ends with the picture
     tops, lefts = ([*range(0, n - window, step), max(n - window, 0)] for n in (h, w))
     sums, times = {}, torch.zeros(h, w, device=img.device)
     for top, left in product(tops, lefts):
@@ -1071,7 +1078,7 @@ def predict(model: ViT, heads: list[Head], img: Tensor, size, p: Protocol) -> di
             sums.setdefault(task, zeros)[at] += out
         times[at] += 1  # (h, w): how many windows see a pixel
     mean = {task: v / times for task, v in sums.items()}
-    if (h, w) == tuple(size):  # the label's pixels are the picture's
+    if (h, w) == tuple(size):  # the label has the picture's size
         return mean
     up_h, up_w = bilinear(h, size[0], img.device), bilinear(w, size[1], img.device)
     return {task: up_h @ v @ up_w.T for task, v in mean.items()}
@@ -1087,7 +1094,7 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
     x, out = F.normalize(x, dim=1), []
     for part in F.normalize(test, dim=1).split(256):  # all at once might not fit
         cosine, near = (part @ x.T).topk(min(k, len(x)), dim=1)  # (256, k)
-        # At 0.07 a cosine that is 0.1 higher counts four times: the nearest few decide.
+        # With 0.07 a cosine higher by 0.1 counts four times as much: the nearest few decide.
         votes = F.one_hot(labels[near], classes) * torch.exp(cosine / 0.07)[..., None]
         out.append(votes.sum(1).argmax(1))
     return torch.cat(out)
@@ -1097,12 +1104,12 @@ PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4  # of the squared weights / 2, beside the mea
 
 
 def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float) -> Tensor:
-    """x (n, D), the last column 1 -> weight (D, classes) that has the least mean cross-entropy +
-    penalty / 2 |weight|^2, the bias (last row) left out; looked for from `start` on."""
+    """x (n, D), its last column 1 -> the weight (D, classes) with the least mean cross-entropy +
+    penalty / 2 |weight|^2, without the bias (last row); the search begins at `start`."""
     weight = start.clone().requires_grad_()
-    # The loss is convex, so there is one optimum, and a method without a rate or a schedule to tune
-    # finds it (with the smallest penalties nearly, as tolerance or iterations end it early); what
-    # differs between two networks is then theirs, not the tuning's.
+    # The loss is convex, so there is one optimum, which a method without a rate or a schedule finds
+    # (nearly, with the smallest penalties, as tolerance or iterations end it early). So differences
+    # between two networks are their own, not due to tuning.
     optimizer = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-4,
                                   line_search_fn="strong_wolfe")
 
@@ -1117,14 +1124,14 @@ def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float)
 
 
 def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tensor, str]:
-    """[CLS] beside the mean patch, (n, 2 D) and (m, 2 D) -> classes (m,), and which input and
-    penalty were best on a fifth of the training pictures that the choice was not trained on."""
+    """[CLS] and the mean patch, (n, 2 D) and (m, 2 D) -> classes (m,), and which input and penalty
+    were best on a held-out fifth of the training pictures."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a feature may be constant
     x, test = (F.pad((v - mean) / std, (0, 1), value=1) for v in (x, test))  # 1: for the bias
     inputs = {"[CLS]": [*range(x.shape[1] // 2), -1],  # name -> columns; -1 is the bias
               "[CLS] and mean patch": [*range(x.shape[1])]}
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held = (order % 5 == 0).to(x.device)  # in no order that the set may have
+    held = (order % 5 == 0).to(x.device)  # at random, as the set may be sorted
     best, chosen = -1, None
     for name, columns in inputs.items():
         part, weight = x[:, columns], x.new_zeros(len(columns), classes)
@@ -1135,7 +1142,7 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
             if right > best:
                 best, chosen = right, (name, columns, weight, penalty)
     name, columns, weight, penalty = chosen
-    weight = softmax_regression(x[:, columns], labels, weight, penalty)  # on all of them
+    weight = softmax_regression(x[:, columns], labels, weight, penalty)  # on all pictures
     return (test[:, columns] @ weight).argmax(1), f"{name}, penalty {penalty:g}"
 
 
@@ -1145,16 +1152,16 @@ def linear(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> tuple[Tenso
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Class maps (B, H, W) -> counts (B, classes, classes), row = truth; truth 255 is ignored."""
-    # A table for each picture, as `difference` draws pictures anew and adds up theirs.
+    # A table for each picture, as `difference` adds up those of pictures drawn at random.
     b, known = len(predicted), truth != 255
     picture = torch.arange(b, device=truth.device)[:, None, None].expand_as(truth)
-    # A number for each triple of picture, true and predicted class, of each pixel: (pixels,).
+    # One number for each pixel's triple (picture, true class, predicted class).
     triple = (picture * classes + truth.long()) * classes + predicted
     return torch.bincount(triple[known], minlength=b * classes**2).view(b, classes, classes)
 
 
 def class_iou(counts: Tensor) -> Tensor:
-    """(..., C, C) -> intersection over union per class (..., C), in [0, 1]; NaN: nobody has it."""
+    """(..., C, C) -> intersection over union per class (..., C), in [0, 1]; NaN: it is nowhere."""
     hit = counts.diagonal(dim1=-2, dim2=-1).double()  # (..., C)
     return hit / (counts.sum(-1) + counts.sum(-2) - hit)
 
@@ -1175,7 +1182,7 @@ def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Tensor]:
     """Numbers of n pictures -> metrics of the set, (R,) each.
-    weight (R, n): how often each picture counts, in R cases; None: one case, once each."""
+    weight (R, n): how often each picture counts in each of R cases; None: one case, once each."""
     weight = torch.ones(1, len(stats["picture"])).double() if weight is None else weight
     out = {}
     for name in METRICS:
@@ -1192,7 +1199,7 @@ def scores(stats: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, 
 
 def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, float, float]]:
     """Two models' numbers of the same pictures -> b - a of every metric, and its 95 % interval over
-    test pictures (paired bootstrap; it knows nothing of another training seed)."""
+    test pictures (paired bootstrap, which says nothing about other training seeds)."""
     n = len(a["picture"])
     draw = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
     weight = torch.stack([d.bincount(minlength=n) for d in draw]).double()  # (draws, n)
@@ -1201,7 +1208,7 @@ def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, fl
     ends = torch.tensor([0.025, 0.975]).double()
     out = {}
     for name in once_a:
-        # NaN: draws without a picture that has a number. One picture has no interval.
+        # NaN: in that draw no picture has a number. A single picture has no interval.
         low, high = (many_b[name] - many_a[name]).nanquantile(ends).tolist()
         low, high = (low, high) if n > 1 else (math.nan, math.nan)
         out[name] = (once_b[name] - once_a[name]).item(), low, high
@@ -1214,15 +1221,15 @@ def difference(a: dict, b: dict, draws: int = 1000) -> dict[str, tuple[float, fl
 
 def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Protocol, workers: int,
           keep: int = 0) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Test on the pictures `index` of a split: numbers of each picture; and the first `keep`
-    pictures, what is true of them, and what was predicted."""
+    """Test on the pictures `index` of a split. Returns numbers of each picture; and of the first
+    `keep` the picture, the truth and the prediction."""
     parts, shots = [], {}
     some = 50 if data.memory else 1  # on disk, pictures may have any size
     order = [numbers.tolist() for numbers in index.split(some)]
     for batch in bar(data.batches(order, workers), "testing", len(order)):
         labels = batch["mask"] if "mask" in batch else batch["depth"]
         out = predict(model, heads, batch["image"], labels.shape[-2:], p)
-        # `picture` of a part: a 1 for each, so that `scores` knows how many there are.
+        # `picture` has a 1 for each, so that `scores` knows how many there are.
         part, tiles = {"picture": torch.ones(len(labels))}, {"picture": batch["image"]}
         if "seg" in out:
             out["seg"] = out["seg"].argmax(1)  # (B, H, W)
@@ -1248,13 +1255,13 @@ def judge(model: ViT, heads: list[Head], data: Pictures, index: Tensor, p: Proto
 
 def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
                workers: int) -> dict[str, tuple[float, Head]]:
-    """A trained head for each dense task, and its rate: of several, the one that is best on a tenth
-    of the pictures, which is then held back from training. seen: `train`, or its features."""
+    """A trained head for each dense task, and its learning rate: of several, the best on a tenth of
+    the pictures, which is not trained on. seen: `train`, or its features."""
     several = len(p.lr) > 1
     every = torch.arange(len(train))
-    held = every % 10 == 0 if several else every < 0  # of one rate: none, nothing to choose
+    held = every % 10 == 0 if several else every < 0  # with one rate there is nothing to choose
     trained = train_heads(model, seen, every[~held], p, workers)
-    # A rate too high for one task is no reason to lose the others.
+    # Heads that diverged at one rate are left out, here for each task by itself.
     sound = {key for key, head in trained.items()
              if all(weight.isfinite().all() for weight in head.parameters())}
     loss = {}  # {(rate, task): the smaller the better}
@@ -1275,10 +1282,10 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
 def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | None = None,
              workers: int = 0, keep: int = 0, cache_gib: float = 4.0,
              download: bool = False) -> tuple[dict, dict, dict]:
-    """All tasks of a protocol, on a frozen model in eval mode, on its device.
+    """Do all tasks of a protocol with a frozen model in eval mode, on its device.
 
-    Returns the result (metrics, IoU per class in %, protocol, seconds), the numbers of every test
-    picture, and rows of `keep` pictures with predictions. Features of whole pictures are computed
+    Returns the result (metrics, IoU per class in %, protocol, seconds), the numbers of each test
+    picture, and `keep` pictures with truth and prediction. Features of whole pictures are computed
     once if they take no more than cache_gib. ValueError: what is wrong with data or protocol."""
     start, p = time.time(), p or PROTOCOLS[data]
     depth, patch = model.config.depth, model.config.patch
@@ -1290,7 +1297,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     train, test = open_set(data, root, p, patch, next(model.parameters()).device, download)
     kinds = set(train.memory or train.rows[0]) & set(test.memory or test.rows[0])
     able = [task for task in TASKS if LABEL[task] in kinds]
-    asked = p.tasks != PROTOCOLS[data].tasks  # the usual tasks are cut down to what is there
+    asked = p.tasks != PROTOCOLS[data].tasks  # the default tasks are cut down to what is there
     need(not asked or set(p.tasks) <= set(able),
          f"--tasks {','.join(p.tasks)}: here {data} has what it takes for {','.join(able)} only")
     p = replace(p, tasks=tuple(task for task in p.tasks if task in able))
@@ -1299,20 +1306,20 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     dense, of_pictures = p.dense, set(p.tasks) - set(DENSE)
     maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
 
-    # 1. Features: computed once if they fit, but not of crops, which differ in every iteration.
+    # 1. Features, computed once if they fit, except those of crops, which differ in each iteration.
     first = next((maps if dense else train.only("label")).batches([[0]]))
     h, w = first.pop("image").shape[-2:]
     bytes_each = 4 * width * (1 + p.cat_cls) * h * w / patch**2
     bytes_each += sum(x.nbytes for x in first.values())  # maps are of the file's size
     once = bool(dense) and not p.crop and len(train) * bytes_each <= cache_gib * 2**30
-    # Features are computed 50 pictures at a time or, for heads in training, a batch at a time; and
-    # a batch of stored ones takes room, too.
+    # Features are computed for 50 pictures at a time or, while heads train, for a batch; a batch of
+    # stored ones takes room, too.
     b = max(p.batch_size, 50) if dense else 50
     rows, columns = (p.crop or h, p.crop or w) if dense else (h, w)
     need_memory(forward_gib(model.config, b, rows, columns), train.device,
                 f"a batch of {b} pictures of {rows} x {columns} px",
                 "lower --image-size, --crop or --batch-size")
-    # The backbone is frozen: what it makes of a picture is the same in every iteration.
+    # The backbone is frozen, so a picture's features are the same in every iteration.
     of_train = features(model, maps, p, True, workers) if once else {}
 
     # 2. Heads on them, then the test set.
@@ -1324,7 +1331,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
         heads = [head for _, head in best.values()]
         stats, shots = judge(model, heads, test_maps, torch.arange(len(test)), p, workers, keep)
     if of_pictures:
-        if "label" not in of_train:  # of Scenes it is there already, see `only`
+        if "label" not in of_train:  # Scenes' are there already, see `only`
             of_train = features(model, train.only("label"), p, False, workers)
         of_test = features(model, test.only("label"), p, False, workers)
         x, labels, test_x = of_train["whole"], of_train["label"], of_test["whole"]
@@ -1336,7 +1343,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
             guess = knn(x[:, :width], labels, test_x[:, :width], classes)
             stats["knn"] = 100.0 * (guess == of_test["label"])
 
-    # 3. What comes out, with all that is needed to make it again.
+    # 3. The result, with all that is needed to make it again.
     result = {name: value.item() for name, value in scores(stats).items()}
     if "counts" in stats:
         iou = 100 * class_iou(stats["counts"].sum(0).cpu())
@@ -1348,7 +1355,7 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
 
 
 def versions() -> dict[str, str]:
-    """Of this project (git), Python, torch, torchvision: what a number was made with."""
+    """Versions of this project (git), Python, torch and torchvision that a number was made with."""
     command = "git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"
     try:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -1363,13 +1370,13 @@ def versions() -> dict[str, str]:
 
 
 def name_of(path: Path) -> str:
-    """What a file of weights is called: as its folder, where all such files have the same name."""
+    """A name for a file of weights: its folder's, if all such files have the same name."""
     return path.absolute().parent.name if path.name in clsspec.KNOWN_FILES else path.stem
 
 
 def home(path: Path) -> Path:
-    """Where the results of a checkpoint go: its run folder; runs/NAME, if it has none, and
-    runs/NAME-weights, if that is a run's."""
+    """Where the results of a checkpoint go: its run folder; if it has none, runs/NAME, or
+    runs/NAME-weights if that is another run's."""
     if path.name == "last.pt":
         return path.parent
     folder = Path("runs") / name_of(path)
@@ -1377,14 +1384,14 @@ def home(path: Path) -> Path:
 
 
 def modified(path: Path) -> int | None:
-    """When a file was last written, nanoseconds; None: it is gone."""
+    """When a file was last written, in nanoseconds; None: it is gone."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def draw(path: Path, shots: dict[str, list[Tensor]], classes: tuple[str, ...]) -> None:
     """Rows of pictures, class maps and depth maps, as a PNG."""
     depths = [depth.max().item() for depth in shots.get("true depth", ())]
-    far = max(depths, default=0.0)  # one scale of colours for truth and prediction
+    far = max(depths, default=0.0)  # truth and prediction share one scale of colours
     rows = {}
     for words, maps in shots.items():
         if words == "picture":
@@ -1426,7 +1433,7 @@ def parse(argv) -> argparse.Namespace:
     g = p.add_argument_group("protocol (defaults: the data set's, as above)")
     for f in fields(Protocol):
         kind = f.metadata["kind"]
-        # Without a default: what stays None is taken from the data set's protocol.
+        # No defaults: what stays None is taken from the data set's protocol.
         more = dict(type=kind) if kind is not bool else dict(action=argparse.BooleanOptionalAction)
         g.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **more)
     g = p.add_argument_group("machine and output")
@@ -1440,7 +1447,7 @@ def parse(argv) -> argparse.Namespace:
 
 
 def changes(args) -> dict:
-    """The protocol's fields that flags change. ValueError: a flag that means nothing here."""
+    """The fields of the protocol that flags change. ValueError: a flag that means nothing here."""
     p = PROTOCOLS[args.data]
     unknown = set(args.tasks or ()) - set(TASKS)
     need(not unknown, f"--tasks: unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
@@ -1473,10 +1480,10 @@ def run(args) -> None:
         key += f" {name}={value}"
     paths = [clsspec.weights_file(name) for name in args.runs]
     written = list(map(modified, paths))
-    models = [clsspec.load(path, args.network) for path in paths]  # all: one may be missing
+    models = [clsspec.load(path, args.network) for path in paths]  # all first: one may be missing
     homes = [home(path) for path in paths]
     root = os.path.abspath(args.root) if args.root else ""
-    for out in homes:  # before hours of work
+    for out in homes:  # checked before hours of work
         need(homes.count(out) == 1, f"the results of two of these would go to {out}; rename one")
         file = out / "eval.json"
         with intact(file):
@@ -1491,13 +1498,13 @@ def run(args) -> None:
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,
                                         args.workers, args.save_pictures,
                                         download=args.download)
-        # A run may train on meanwhile: what lies there then has other results.
+        # A run may train on meanwhile; the weights that are then in its file were not judged.
         late = "" if modified(path) == then else ", has trained on since"
         numbers = [f"{k} {METRICS[k].format(result[k])}" for k in METRICS if k in result]
         try:
             result |= {"model": model.origin, "root": root}
             record(home(path) / "eval.json", key + late, result)
-        finally:  # kept first, printed second; and printed if it cannot be kept
+        finally:  # written first; printed even if it could not be written
             print(f"{name}: {key}{late}, {result['seconds']:.0f} s\n  {model.origin}\n  "
                   + "  ".join(numbers))
         if args.save_pictures and shots:
@@ -1505,7 +1512,7 @@ def run(args) -> None:
             draw(file, shots, tuple(result.get("iou", ())))
             print(f"  {file}")
         seen = f"{result['protocol']['height']} x {result['protocol']['width']} px"
-        if first is None:  # what all others are compared with
+        if first is None:  # all others are compared with it
             first, size = stats, seen
             continue
         other = "" if seen == size else f", which it saw at {size}, this one at {seen}"

@@ -5,51 +5,50 @@
     python analyze.py runs/spec --what cosines,pca --data path/to/pictures
     python analyze.py --compare "runs/plain-*" "runs/spec-*"   # two groups, paired over seeds
 
-Numbers go to analysis.json in --out, pictures beside it, to NAME.png; all but pca.png and maps.png
-want matplotlib. --out is the first model's folder (what is of another model then goes to its own,
-too), of weights runs/FILE, of --compare the folder that all runs are in. P1: arXiv 2602.08626, P2:
-arXiv 2605.23868. "Ours": a paper's formula is unknown.
+Numbers go to analysis.json in --out, pictures to NAME.png beside it; all but pca.png and maps.png
+need matplotlib. By default --out is the first model's folder (another model's numbers then go to
+its own folder, too), runs/FILE for a file of weights, and for --compare the folder that all runs
+are in. P1: arXiv 2602.08626, P2: arXiv 2605.23868. "Ours": the papers give no formula.
 
 cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with other patches, at
              four points of a block: `before norm`, what enters it; `after norm`, what leaves norm1;
              `attention`, the branch after out-projection and LayerScale; `after attention`, the
              residual stream with it. The last row is the final norm. (P1; where exactly: ours)
              Of a block's patches after the final norm: `shared`, length of the mean of a picture's
-             unit patches, 1 if all are alike; `neighbours`, mean cosine of patches side by side or
-             one above the other minus that of all pairs, raw and after the picture's mean patch is
-             taken off (ours)
+             unit patches, 1 if all are alike; `neighbours`, mean cosine of adjacent patches minus
+             that of all pairs, raw and with the picture's mean patch subtracted (ours)
 dimensions   Mean |activation| of each dimension, of [CLS] and of patches, before and after norm1.
-             `overlap`: sum_d min(a_d, b_d), both scaled to sum 1; 1 the same dimensions, 0 disjoint
-             ones (ours). `gain`: mean |gain| of norm1 on the tenth of the dimensions in which [CLS]
-             (patches) are largest, of the gains that [CLS] (patches) pass; `gains_cosine`: of the
-             two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
+             `overlap`: sum_d min(a_d, b_d), both scaled to sum 1: 1 if the same dimensions are
+             large, 0 if others are (ours). `gain`: mean |gain| of norm1 for [CLS] (for patches), on
+             the tenth of the dimensions in which [CLS] (patches) are largest; `gains_cosine`: of
+             the two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
 norms        L2 norm of patches that leave a block; `outliers`: % of patches above three medians,
              `on_border`: % of those in the outermost ring, by chance 23 of 16 x 16 patches (ours;
-             P1's rows with registers and attention bias are about them). One sentence says the
-             block with most of them
+             P1's rows with registers and attention bias are about them). A sentence names the block
+             with most of them
 attention    Of patches as queries: `entropy`, nats; `support`, number of keys with weight above 0;
              `distance` to the patches looked at, in patches; `to_cls`, `to_registers`, `to_bias`, %
-             of the weight. Of [CLS]: `cls_entropy`, `cls_support`. A number a head; tables and
-             lines are means over heads. Models on grids of other sizes do not compare. (P2)
+             of the weight. Of [CLS]: `cls_entropy`, `cls_support`. There is a number for each head;
+             tables and plots show means. Only models on equal grids can be compared. (P2)
 foreground   How well each block's patches, after the final norm, tell foreground from background:
-             area under the ROC curve, 0.5 not at all, mean over pictures, of cos(patch, [CLS]),
-             `auc_cls`, and of the first principal component of all pictures' patches, the better of
-             its two signs, `auc_pc`.
-             Colour alone can do it: look at --network untrained, too; and a block that does it well
-             may be worse in a linear probe, `eval_dense.py RUN --tasks seg --layers BLOCK`. Wants
-             masks: scenes, voc, pairs; --background says what is not foreground. (P2; formulas
-             ours)
-degradation  The teacher's online probe in log.jsonl: each metric over steps, best, last, and what
-             was lost since the best, in its unit. (P2, dense degradation)
-pca          A column a picture, a row a model: three principal components of the last block's
-             patches as RGB, fitted to all --pictures, in the order and with the signs that are most
-             like the first model's. --foreground: fitted to the patches on that side of 0 of the
-             first component that the border has less of; others are black. `share`: % of the
-             variance. --block: of another block. (P1, P2)
-maps         A column a picture. Of each model and head of --block: where [CLS] looks, the weight of
-             each patch, white is the head's largest on that picture; the table says how much of the
-             weight is on patches, on [CLS] itself, registers and bias. And how alike all patches of
-             the block are to one of them, --patch, framed: white is cosine 1, black 0 or less
+             area under the ROC curve (0.5: not at all), mean over pictures, of cos(patch, [CLS]),
+             `auc_cls`, and of the first principal component of all pictures' patches, with the
+             better of its two signs, `auc_pc`.
+             Colour alone can do that, so look at --network untrained, too; and a block that does it
+             well may be worse in a linear probe, `eval_dense.py RUN --tasks seg --layers BLOCK`.
+             Needs masks: scenes, voc, pairs; --background says what is not foreground. (P2;
+             formulas ours)
+degradation  The teacher's online probe in log.jsonl: each metric over steps, its best, its last,
+             and what was lost since the best, in its unit. (P2, dense degradation)
+pca          A column for each picture, a row for each model: three principal components of the last
+             block's (or --block's) patches as RGB, fitted to all --pictures, in the order and with
+             the signs that fit the first model's best. --foreground: fitted to the patches on one
+             side of 0 of the first component, the side that is rarer at the border; others are
+             black. `share`: % of the variance. (P1, P2)
+maps         A column for each picture. For each model and head of --block: where [CLS] looks, each
+             patch as bright as its weight, white for the head's largest on that picture; the table
+             says how much weight is on patches, on [CLS] itself, registers and bias. Then how alike
+             the block's patches are to one, --patch, framed: white is cosine 1, black 0 or less
 """
 
 import argparse
@@ -87,7 +86,7 @@ from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_li
                         read_log, read_picture, scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps")
-# Of these, lists of what is before and after norm1 end with one more number, of the final norm.
+# These have numbers before and after norm1, whose lists end with one more, of the final norm.
 FINAL = "cosines", "dimensions"
 POINTS = ("before norm", "after norm", "attention", "after attention")
 
@@ -97,7 +96,7 @@ POINTS = ("before norm", "after norm", "attention", "after attention")
 
 @dataclass
 class Step:
-    """One block (or the final norm, without `attention`) on B pictures. Tokens are (B, T, D), rows
+    """One block (or the final norm, without `attention`) and B pictures. Tokens are (B, T, D), rows
     [CLS, registers, patches]; in CaiT [CLS] is missing at first, and later it alone is updated."""
 
     points: dict[str, Tensor]  # tokens at POINTS
@@ -116,7 +115,7 @@ def walk(model: ViT, img: Tensor):
     c = model.config
     grid = (img.shape[-2] // c.patch, img.shape[-1] // c.patch)
     cls, x = model.embed(img)  # (B, 1, D), (B, R + N, D)
-    # As ViT.forward and Block.forward do it, but each step by itself, so that it can be looked at.
+    # The same as ViT.forward and Block.forward, step by step, so that each can be looked at.
     for i, block in enumerate(model.blocks):
         joined = i >= model.join
         if i == model.join:
@@ -124,12 +123,12 @@ def walk(model: ViT, img: Tensor):
         normed = block.norm1(x)
         q, k, v = block.attn.queries_keys_values(normed)  # (B, H, T, d)
         if isinstance(block, clsspec.ClassBlock):
-            q = q[:, :, :1]  # only [CLS] asks
-        # Fused attention, which training uses where it pays, would not show them.
+            q = q[:, :, :1]  # only [CLS] has a query
+        # Fused attention, which training uses where it pays, would not show the weights.
         weights = block.attn.weights(q, k)  # (B, H, queries, keys)
         mixed = rearrange(weights @ v, "b h t d -> b t (h d)")
         branch = block.ls1(block.attn.proj(mixed))
-        n, after = branch.shape[1], x.clone()  # (B, T, D); rows that did not ask stay as they are
+        n, after = branch.shape[1], x.clone()  # (B, T, D); rows without a query stay as they are
         after[:, :n] += branch
         out = after.clone()
         out[:, :n] += block.ls2(block.mlp(block.norm2(after[:, :n])))
@@ -142,21 +141,21 @@ def walk(model: ViT, img: Tensor):
     yield Step(points, normed, normed, None, 1 + c.registers, True, 0, grid)
 
 
-# What is kept of a step: numbers of each picture, (B, ...); NaN where there is no [CLS].
+# What is kept of a step: numbers for each picture, (B, ...); NaN where there is no [CLS].
 
 
 def patch_cosine(unit: Tensor) -> Tensor:
     """Mean cosine of two different patches of a picture, of (B, N, D) of length 1: (B,)."""
     n = unit.shape[1]
-    # The sum of all N^2 cosines is a product with the sum of unit vectors: no N x N matrix. The N
-    # of a patch with itself, 1 each, do not count.
+    # The sum of all N^2 cosines is the squared length of the sum of unit vectors, so no N x N
+    # matrix is needed. The N cosines of a patch with itself, 1 each, are taken off.
     return (unit.sum(1).square().sum(1) - n) / (n * (n - 1))
 
 
 def cosines(step: Step) -> dict[str, Tensor]:
     """Mean cosine of [CLS] with patches, and of patches with other patches, at each point: (B,)."""
     kept = {}
-    # Four points: do [CLS] and patches part in the norm, by attention, or in what adds up?
+    # Four points: do [CLS] and patches drift apart in the norm, in attention, or in the residual?
     for point, x in step.points.items():
         unit = F.normalize(x.float(), dim=-1)
         patches = unit[:, step.first :]
@@ -168,7 +167,7 @@ def cosines(step: Step) -> dict[str, Tensor]:
     patches = F.normalize(step.final[:, step.first :].float(), dim=-1)
     kept["shared"] = patches.mean(1).norm(dim=-1)
     kept["neighbours"] = neighbour_excess(patches, step.grid)
-    # Without what all patches share, which makes any two of them alike.
+    # Once more without what all patches share, which makes any two of them alike.
     centred = patches - patches.mean(1, keepdim=True)
     kept["neighbours centred"] = neighbour_excess(centred, step.grid)
     return kept
@@ -177,7 +176,7 @@ def cosines(step: Step) -> dict[str, Tensor]:
 def neighbour_excess(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches (B, N, D) -> how much more alike neighbours are than any two, in cosine: (B,)."""
     unit = F.normalize(x, dim=-1)
-    # Taken off below: a network whose patches are all alike knows nothing of places.
+    # This is subtracted below: where all patches are alike, neighbours being so says nothing.
     every = patch_cosine(unit)
     unit = unit.unflatten(1, grid)  # (B, h, w, D)
     beside = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1).flatten(1)
@@ -213,12 +212,12 @@ def attention(step: Step) -> dict[str, Tensor]:
             "entropy": entropy[:, :, step.first :].mean(-1),
             "support": support[:, :, step.first :].mean(-1)}
 
-    w = w[:, :, step.first :]  # patches ask; in CaiT's last blocks none does: NaN
+    w = w[:, :, step.first :]  # patches as queries; CaiT's last blocks have none: NaN
     rows, columns = (torch.arange(n, device=w.device) for n in step.grid)
     at = torch.cartesian_prod(rows, columns).float()  # (N, 2)
     far = torch.cdist(at, at)[: w.shape[2]]  # (N, N)
     to_patches = w[..., seen:]
-    # Weight on other tokens goes nowhere: distances are weighted by what patches get.
+    # Other tokens are in no place, so distances are weighted by what patches get.
     distance = (to_patches * far).sum(-1) / to_patches.sum(-1)
     kept["distance"] = distance.nanmean(-1)  # with entmax patches may get nothing
     mass = 100 * w.mean(2)  # (B, H, keys)
@@ -237,14 +236,14 @@ def features(step: Step) -> dict[str, Tensor]:
 
 
 def looks(step: Step) -> dict[str, Tensor]:
-    """[CLS]'s attention weights, of each head (B, H, keys): NaN where it does not ask."""
+    """[CLS]'s attention weights in each head, (B, H, keys); NaN where there is no [CLS]."""
     weights = step.attention[:, :, 0].float()
     return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
 
 
 def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
-    """Walk uint8 pictures (P, 3, H, W) through a model, and keep of every step what the functions
-    `keeps` make of it -> {function: {name: [a tensor (P, ...) a block]}}."""
+    """Walk uint8 pictures (P, 3, H, W) through a model, and keep what the functions `keeps` make of
+    each step -> {function: {name: [a tensor (P, ...) for each block]}}."""
     device = next(model.parameters()).device
     kept = defaultdict(lambda: defaultdict(list))  # {(function, name): {block: [of each batch]}}
     parts = img.split(batch)  # few at once: a step holds all heads' attention
@@ -254,18 +253,18 @@ def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
                 if step.attention is None and keep.__name__ not in FINAL:
                     continue  # the final norm is no block
                 for name, value in keep(step).items():
-                    # Off the GPU, whose memory the next batch wants; and a copy, as a slice would
-                    # hold the whole step.
+                    # Off the GPU, to make room for the next batch; and a copy, as a slice would
+                    # keep the whole step in memory.
                     kept[keep.__name__, name][i].append(value.cpu().clone())
     out = defaultdict(dict)
     for (function, name), blocks in kept.items():
-        # Popped one by one: the features of all blocks are large.
+        # Popped one by one, as the features of all blocks are large.
         out[function][name] = [torch.cat(blocks.pop(i)) for i in sorted(blocks)]
     return out
 
 
 # --------------------------------------------------------------------------------------------------
-# From what was kept of all pictures to the numbers of analysis.json: lists, with a number a block.
+# From what was kept to the numbers of analysis.json: lists with one number for each block.
 
 
 @dataclass
@@ -282,7 +281,7 @@ class Subject:
 
 
 def means(kept: dict[str, list[Tensor]], s=None) -> dict[str, list]:
-    """Means over pictures: a number a block, or a list of one a head or dimension."""
+    """Means over pictures: for each block a number, or a list of one for each head or dimension."""
     return {name: [v.double().mean(0).tolist() for v in blocks] for name, blocks in kept.items()}
 
 
@@ -292,11 +291,11 @@ def dimension_numbers(kept: dict, s: Subject) -> dict[str, list]:
     layers = [block.norm1 for block in s.model.blocks] + [s.model.norm]
     for point in POINTS[:2]:
         cls, patch = (torch.tensor(out[f"{point} {who}"]) for who in ("cls", "patch"))
-        # To sum 1: which dimensions are large is asked, not how large all of them are.
+        # Scaled to sum 1: the question is which dimensions are large, not how large all are.
         cls, patch = (x / x.sum(1, keepdim=True) for x in (cls, patch))  # (blocks + 1, D)
         out[f"{point} overlap"] = torch.minimum(cls, patch).sum(1).tolist()
     for who in ("cls", "patch"):
-        # A plain norm has one gain vector, which both pass.
+        # A plain norm has one gain vector for both.
         own = [getattr(n, who) if isinstance(n, clsspec.Specialised) else n for n in layers]
         gain = torch.stack([norm.weight.detach().float().cpu() for norm in own])  # (blocks + 1, D)
         size = torch.tensor(out[f"before norm {who}"])
@@ -316,11 +315,11 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
     border[1:-1, 1:-1] = False
     out = defaultdict(list)
     for v in kept["norm"]:  # (P, N)
-        # A model that parks global information in some patches makes them far longer than others.
-        # In medians, as lengths grow from block to block, and outliers would move a mean.
+        # A model that stores global information in some patches makes those far longer. Lengths are
+        # measured in medians, as they grow from block to block, and outliers would move a mean.
         odd = v > 3 * v.median()  # of all pictures together
         out["median"].append(v.median().item())
-        # Of thousands of patches the largest may be one odd one; a hundredth is a kind.
+        # The largest of thousands of patches may be a single odd one; a hundredth is a group.
         out["p99"].append(v.quantile(0.99).item())
         out["largest"].append(v.max().item())
         out["outliers"].append(100 * odd.double().mean().item())
@@ -330,18 +329,18 @@ def norm_numbers(kept: dict, s: Subject) -> dict[str, list]:
 
 def auc(score: Tensor, truth: Tensor) -> float:
     """Area under the ROC curve: how often a true one scores above a false one; ties count half."""
-    # Of all pairs: no threshold has to be chosen, and it does not matter how many are true.
+    # Over all pairs, so no threshold is needed, and it does not matter how many are true.
     a, b = score[truth][:, None], score[~truth]
     return ((a > b).double() + (a == b).double() / 2).mean().item()
 
 
 def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, list[float]]:
-    """The first k principal components (P, N, k) of features (P, N, D), fitted to all of them or to
-    keep (P, N); and the % of the variance that each has."""
+    """The first k principal components (P, N, k) of features (P, N, D), fitted to all patches or to
+    those in keep (P, N); and the % of the variance that each has."""
     x = x.double()
     fitted = x.flatten(0, 1) if keep is None else x[keep]
-    x, fitted = x - fitted.mean(0), fitted - fitted.mean(0)  # the sign of x is a side of that mean
-    # Of D x D: that of all patches by all dimensions has the same axes, and is far larger.
+    x, fitted = x - fitted.mean(0), fitted - fitted.mean(0)  # so 0 is the mean of what is fitted
+    # The D x D matrix has the same axes as the one of patches by dimensions, and is far smaller.
     size, axes = torch.linalg.eigh(fitted.T @ fitted)  # from the smallest to the largest
     return x @ axes.flip(1)[:, :k], (100 * size.flip(0)[:k] / size.sum()).tolist()
 
@@ -349,22 +348,22 @@ def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, l
 def patch_labels(mask: Tensor, grid) -> Tensor:
     """Class maps (P, H, W), 255 ignored -> the commonest class of each patch (P, N), 255: none."""
     patches = rearrange(mask.long(), "p (h a) (w b) -> p (h w) (a b)", h=grid[0], w=grid[1])
-    # Features know no more than the patch, so its pixels vote, and are not judged one by one.
+    # A patch has one feature vector, so it gets one class, by a vote of its pixels.
     classes = range(1 + int(mask[mask != 255].max()))
     pixels = torch.stack([(patches == c).sum(-1) for c in classes], dim=-1)
     return torch.where(pixels.sum(-1) > 0, pixels.argmax(-1), 255)
 
 
 def foreground_numbers(kept: dict, s: Subject) -> dict[str, list]:
-    """See `foreground` at the top. Pictures with only one of foreground and background do not
-    count; NaN if none is left. ValueError: there are no masks."""
+    """See `foreground` at the top. Pictures of foreground or background alone do not count; NaN if
+    no other is left. ValueError: there are no masks."""
     need(s.mask is not None and s.mask.min() < 255, "it wants masks: --data scenes, voc or pairs")
     labels = patch_labels(s.mask, s.grid)  # (P, N)
     usual = (0, 1, 2, 3) if s.args.data == "scenes" else (0,)
     behind = torch.isin(labels, torch.tensor(s.args.background or usual))
     known = labels != 255
     front = known & ~behind
-    # Picture by picture: between pictures the scores of a patch need not compare.
+    # Picture by picture, as scores of patches in different pictures need not be comparable.
     both = [i for i in range(len(labels)) if front[i].any() and behind[i].any()]
 
     def mean(score: Tensor) -> float:  # (P, N)
@@ -388,7 +387,7 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
             found = {line["step"]: float(line[name]) for line in lines if name in line}
         if found:
             best_step = (min if name in LOWER else max)(found, key=found.get)
-            # Against the best, not the first: patches may get better and then worse.
+            # Compared with the best, not the first: patches may get better and then worse.
             best, last = found[best_step], [*found.values()][-1]
             out[name] = {"steps": [*found], "values": [*found.values()], "best": best,
                          "best_step": best_step, "last": last, "lost": abs(last - best)}
@@ -397,16 +396,16 @@ def degradation(kept: dict, s: Subject) -> dict[str, dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The table of measures, from which come numbers, printed tables and figures.
+# The table of measures: numbers, printed tables and figures all come from it.
 
 WORDS = {"miou": "segmentation, mIoU", "rmse": "depth, RMSE", "absrel": "depth, relative error",
          "delta1": "depth, within a factor of 1.25", "linear": "classes, linear probe",
          "knn": "classes, k-NN"}
 UNITS = {name: text.split("}")[1].strip() or "ratio" for name, text in METRICS.items()}
 
-# For each output: what is kept of a Step; what that comes to, over all pictures of a Subject; and
-# panels, each a panel of a figure and some columns of a table: title, unit, decimals in the table,
-# {what a line is called: its name in analysis.json}.
+# For each output: a function of a Step, what is kept of it; a function that sums that up over all
+# pictures of a Subject; and panels of its figure, which are also columns of its table: title, unit,
+# decimals in the table, {what a line is called: its name in analysis.json}.
 MEASURES = {
     "cosines": (cosines, means, [
         (point, "mean cosine", 3,
@@ -445,7 +444,7 @@ BLOCKS = {what: [key for *_, lines in panels for key in lines.values()]
 
 
 def level(value) -> float:
-    """A block's number; of a list, one a head, the mean; NaN for None."""
+    """A block's number; if it is a list of one for each head, their mean. NaN for None."""
     values = value if isinstance(value, list) else [value]
     return math.nan if None in values else sum(values) / len(values)
 
@@ -455,9 +454,9 @@ def level(value) -> float:
 
 
 def inner_side(x: Tensor, h: int) -> Tensor:
-    """Features (P, h w, D) -> (P, h w) bool: the side of the first component that the border of
-    the pictures has less of."""
-    # Which side is the objects' is arbitrary; objects are mostly in the middle.
+    """Features (P, h w, D) -> (P, h w) bool: the side of the first component that is rarer at the
+    border of the pictures."""
+    # Which side objects are on is arbitrary, but they are mostly in the middle.
     positive = rearrange(components(x, 1)[0], "p (h w) 1 -> p h w", h=h) > 0
     inner = positive[:, 1:-1, 1:-1].double().mean()
     return (positive == (inner > positive.double().mean())).flatten(1)
@@ -466,23 +465,23 @@ def inner_side(x: Tensor, h: int) -> Tensor:
 def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], list[list[float]]]:
     """Features (P, N, D) of the same P pictures by several models -> three principal components of
     each as colours (P, 3, h, w) in [0, 1]; and their shares of the variance, %.
-    front: of the foreground alone, the rest is black."""
+    front: only of the foreground; the rest is black."""
     colours, shares, like = [], [], None
     for x, (h, w) in zip(models, grids):
         keep = inner_side(x, h) if front else torch.ones(x.shape[:2], dtype=torch.bool)
         pc, share = components(x, 3, keep)
         pc = rearrange(pc, "p (h w) c -> c p h w", h=h)
         keep = keep.view(len(x), h, w)
-        if like is None:  # the first model's signs: long tails are bright
+        if like is None:  # the first model's signs: the longer tail is bright
             like = pc * (pc**3).sum((1, 2, 3), keepdim=True).sign()
-        # Order and sign of components are arbitrary: take those most like the first model's.
+        # Order and sign of components are arbitrary: take those that fit the first model's best.
         a = F.normalize(F.interpolate(like, (h, w)).flatten(1), dim=1)
         b = F.normalize(pc.flatten(1), dim=1)
         cosine = a @ b.T  # (3, 3)
         fits = {order: cosine[range(3), order].abs().sum() for order in permutations(range(3))}
         order = list(max(fits, key=fits.get))
         pc = pc[order] * cosine[range(3), order].sign()[:, None, None, None]
-        # Without the outermost hundredths: a few extreme patches would leave all others grey.
+        # Cut off at the outermost hundredths, as a few extreme patches would make all others grey.
         ends = pc[:, keep].quantile(torch.tensor([0.01, 0.99]).double(), dim=1)  # (2, 3)
         low, high = ends[..., None, None, None]
         colour = ((pc - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * keep
@@ -494,17 +493,17 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
 def pca(path: Path, models: list[Tensor], subjects: list[Subject]) -> dict[str, dict]:
     """Draw the components of each model's features (P, N, D) -> {model: shares of the variance}."""
     colours, shares = rgb(models, [s.grid for s in subjects], subjects[0].args.foreground)
-    rows = {"picture": list(subjects[0].img[:8] / 255)}  # a sheet is eight pictures wide at most
+    rows = {"picture": list(subjects[0].img[:8] / 255)}  # at most eight pictures on a sheet
     for s, colour in zip(subjects, colours):
-        title = " ".join(textwrap.wrap(s.name, 14))  # as much as the margin has room for
+        title = " ".join(textwrap.wrap(s.name, 14))  # what fits into the margin
         rows[title] = list(colour[:8])
     scenes.sheet(path, rows)
     return {s.name: {"share": share} for s, share in zip(subjects, shares)}
 
 
 def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject]) -> dict[str, dict]:
-    """Draw where [CLS] looks and what is like one patch. seen: of each model the weights of [CLS]
-    (P, H, keys) and the patches (P, N, D) of the chosen block. -> {model: % of weight, a head}."""
+    """Draw where [CLS] looks, and which patches are like one. seen: weights of [CLS] (P, H,
+    keys) and patches (P, N, D) of each model in one block. -> {model: {kind of key: % a head}}."""
     out, rows = {}, {"picture": list(subjects[0].img[:8] / 255)}
     for s, (weights, patches) in zip(subjects, seen):
         c, (h, w) = s.model.config, s.grid
@@ -517,7 +516,7 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
                        for kind, part in zip(("bias", "[CLS]", "registers", "patches"), parts)
                        if part.shape[1]}
         shown = weights[:8, :, -h * w :]  # (8, H, N)
-        # Each head by its own largest, so that one that looks everywhere is seen, too.
+        # Each head is scaled to its own largest, so that one that looks everywhere shows, too.
         shown = shown / shown.amax(-1, keepdim=True).clamp(min=1e-12)
         img = s.img[:8] / 255
         for head in range(c.heads):
@@ -527,7 +526,7 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
         alike = (unit * unit[:, row * w + column, None]).sum(-1).view(-1, h, w)
         left, top = column * c.patch, row * c.patch
         box = torch.tensor([[left, top, left + c.patch - 1, top + c.patch - 1]])
-        wide = -(-img.shape[-2] // 112)  # pixels, so that one is left on a sheet
+        wide = -(-img.shape[-2] // 112)  # in pixels, so that the frame is one wide on the sheet
         tiles = [draw_bounding_boxes(tile, box, colors="red", width=wide)
                  for tile in over(img, alike.clamp(0, 1))]
         rows[" ".join([*textwrap.wrap(s.name, 14), "like red"])] = tiles
@@ -536,15 +535,15 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
 
 
 def over(img: Tensor, light: Tensor) -> list[Tensor]:
-    """Pictures (P, 3, H, W) in [0, 1] in grey, as dark as light (P, h, w) says; where it is 1, half
-    white, so that a dark object is seen too."""
+    """Pictures (P, 3, H, W) in [0, 1] -> in grey, times light (P, h, w); mixed with white by half,
+    so that a dark object shows, too."""
     light = F.interpolate(light[:, None], img.shape[-2:], mode="nearest")
     grey = img.mean(1, keepdim=True)
     return list((light * (0.5 + 0.5 * grey)).expand(-1, 3, -1, -1))
 
 
 def outlier_sentence(numbers: dict[str, list[float]]) -> str:
-    """What the norms say to a reader: outliers are patches of more than three times the median."""
+    """What the norms say, in words: outliers are patches longer than three medians."""
     most = max(range(len(numbers["outliers"])), key=numbers["outliers"].__getitem__)
     share = numbers["outliers"][most]
     if share < 0.05:
@@ -557,16 +556,16 @@ def outlier_sentence(numbers: dict[str, list[float]]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Two groups of runs.
 
-SETTING = "git", "torch", "device", "threads"  # in config.json: what may differ beside the flags
-# Student's t, two-sided 95 %, 1 to 30 degrees of freedom; the last serves for more, a little wide.
+SETTING = "git", "torch", "device", "threads"  # in config.json: what differs beside the flags
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; the last, for more, is a little wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
        2.052, 2.048, 2.045, 2.042)
 
 
 def interval(a: Tensor, b: Tensor) -> dict:
-    """Values of n pairs -> means, mean difference b - a and its 95 % interval; none if n = 1."""
-    d, n = b - a, len(a)  # what both of a pair share, first weights and pictures, cancels
+    """Values of n pairs -> means, mean difference b - a and its 95 % interval; NaN if n = 1."""
+    d, n = b - a, len(a)  # what a pair shares, first weights and order of pictures, cancels
     half = T95[min(n - 1, 30) - 1] * (d.std() / n**0.5).item() if n > 1 else math.nan
     mean = d.mean().item()
     return {"a": a.mean().item(), "b": b.mean().item(), "difference": mean, "n": n,
@@ -574,21 +573,21 @@ def interval(a: Tensor, b: Tensor) -> dict:
 
 
 def numbers_of(run: Path) -> dict[str, dict[str, float]]:
-    """{result: {metric: number}} of a run: its eval.json, and means over blocks of what is in its
+    """{result: {metric: number}} of a run: from its eval.json, and means over blocks from its
     analysis.json."""
     judged, analysed = run / "eval.json", run / "analysis.json"
-    with intact(judged):  # None is a metric that was not a number
+    with intact(judged):  # None stands for a metric that was NaN
         out = {name: {k: float(result[k]) for k in METRICS if result.get(k) is not None}
                for name, result in read_json(judged).items()}
     with intact(analysed):
         for name, found in read_json(analysed).items():
-            models = found.get("models", {})  # others may be beside it
-            # Named with its folder where two models of one call had the same name.
+            models = found.get("models", {})  # of this run, and maybe of others
+            # The name has a folder before it if two models of one call had the same name.
             own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
             flat = {}
             for key in BLOCKS.get(name.partition(" ")[0], ()):
                 # Blocks without the number do not count: CaiT's first have no [CLS], and without
-                # outliers none is on the border. The final norm's counts, where there is one.
+                # outliers there are none on the border. The final norm's number counts, too.
                 known = [level(v) for v in own.get(key, ()) if not math.isnan(level(v))]
                 if known:
                     flat[key] = sum(known) / len(known)
@@ -614,7 +613,7 @@ def runs_of(pattern: str) -> dict[int, tuple[dict, dict]]:
 def compare(a: str, b: str) -> dict[str, dict]:
     """Two patterns of run folders -> for every number that all runs have, the mean of b - a over
     pairs of equal seeds, with a 95 % interval (Student's t); and the flags and versions in which a
-    pair differs. ValueError: no pairs, nothing shared."""
+    pair differs. ValueError: there are no pairs, or they share no number."""
     first, second = runs_of(a), runs_of(b)
     seeds = sorted(first.keys() & second.keys())
     for pattern, found in ((a, first), (b, second)):
@@ -624,7 +623,7 @@ def compare(a: str, b: str) -> dict[str, dict]:
          "groups of runs")
     need(seeds, f"no pairs: seeds of {a!r} are {sorted(first)}, of {b!r} {sorted(second)}; quote "
          "the patterns, train both with equal --seed")
-    differ = set()  # said beside the result: it should be what is compared, and nothing else
+    differ = set()  # printed with the result: it should be what is compared, and nothing else
     for seed in seeds:
         one, other = first[seed][1], second[seed][1]
         differ |= {flag for flag in one.keys() | other.keys() if one.get(flag) != other.get(flag)}
@@ -650,7 +649,7 @@ def verdict(metric: str, r: dict) -> str:
         return "one pair: no interval"
     if r["low"] <= 0 <= r["high"]:
         return "no difference measured: the interval contains zero"
-    if metric not in METRICS:  # of a cosine nobody knows which way is better
+    if metric not in METRICS:  # of a cosine, say, neither direction is better
         return "a difference"
     return "better" if (r["difference"] < 0) == (metric in LOWER) else "worse"
 
@@ -660,7 +659,7 @@ def verdict(metric: str, r: dict) -> str:
 
 
 def show(columns: list[list[str]]) -> None:
-    """Print columns of texts: the first one to the left, all others to the right."""
+    """Print columns of texts: the first one aligned to the left, all others to the right."""
     widths = [2 + max(map(len, column)) for column in columns]
     for first, *row in zip_longest(*columns, fillvalue=""):
         cells = [text.rjust(width) for text, width in zip(row, widths[1:])]
@@ -668,7 +667,7 @@ def show(columns: list[list[str]]) -> None:
 
 
 def table(what: str, model: str, numbers: dict) -> None:
-    """Print a line a block; of `degradation` a line a metric."""
+    """Print a line for each block; for `degradation` one for each metric."""
     print(f"\n{what}: {model}")
     columns = [["", *numbers]]
     if what == "degradation":
@@ -705,8 +704,8 @@ def comparison_table(a: str, b: str, found: dict) -> None:
 
 
 def style(i: int) -> dict:
-    """How the line of model i looks: of 4 dashes and 5 colours 20 differ, the first four without
-    colour, too."""
+    """How the line of model i looks: 4 dashes and 5 colours make 20 styles, of which the first four
+    differ without colour, too."""
     colours = "#0072B2", "#D55E00", "#009E73", "#444444", "#CC79A7"
     return {"linestyle": ("-", "--", ":", "-.")[i % 4], "color": colours[i % 5]}
 
@@ -722,8 +721,8 @@ def canvas(panels: int, columns: int, **more):
 
 
 def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
-    """The lines of a panel: (number of the model, number of the quantity, x, y). No line if all
-    are flat and at one height, as where there are no outliers: the table has said that."""
+    """The lines of a panel: (number of the model, number of the quantity, x, y). None if all are
+    flat and at one height, as where there are no outliers, since the table says that already."""
     lines, every = [], []
     for i, numbers in enumerate(results.values()):
         for j, key in enumerate(keys):
@@ -733,11 +732,11 @@ def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
                 x, values = values["steps"], values["values"]
             y = [level(value) for value in values]
             known = [value for value in y if math.isfinite(value)]
-            # Zeros for a further quantity, such as registers, say that the model has none of them.
+            # Zeros of a second or third quantity, such as registers, mean that the model has none.
             if any(known) or (known and j == 0):
                 every += known
                 lines.append((i, j, x, y))
-    # Not exactly: rounding alone makes a cosine of 1 or a support of 257 keys vary a little.
+    # With a tolerance, as rounding makes even a cosine of 1 or a support of 257 keys vary a little.
     if not every or max(every) - min(every) <= 1e-3 * max(map(abs, every)):
         return []
     return lines
@@ -773,8 +772,8 @@ def draw(path: Path, what: str, results: dict[str, dict]) -> None:
 
 
 def draw_gains(path: Path, results: dict[str, dict]) -> None:
-    """A column a model, a dot a dimension, in the last block of the first third (in CaiT the first
-    with a [CLS]): where [CLS] and patches are large, and which gains norm1 has there."""
+    """A column for each model, a dot for each dimension, in the last block of the first third (in
+    CaiT the first with a [CLS]): where [CLS] and patches are large, and norm1's gains there."""
     n = len(results)
     fig, axes = canvas(2 * n, n)
     for (model, numbers), above, below in zip(results.items(), axes[:n], axes[n:]):
@@ -827,7 +826,7 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
         rows = [{"image": file} for file in eval_dense.picture_files(args.data)]
         test = eval_dense.Pictures(rows)
     rows = test.rows[:: max(len(test.rows) // n, 1)][:n]  # from all over the folder
-    # A mask lies as the pixels do, whatever EXIF says, so its picture must not be turned.
+    # A mask fits the stored pixels, whatever EXIF says, so its picture must not be turned.
     alone = rows[0].keys() <= {"image", "label"}
     img = torch.stack([middle(read_picture(row["image"], upright=alone), size) for row in rows])
     nearest = TF.InterpolationMode.NEAREST_EXACT
@@ -837,7 +836,7 @@ def pictures(args, size: int) -> tuple[Tensor, Tensor | None]:
 
 
 def survey_gib(config: clsspec.Config, args, size: int) -> float:
-    """About what a survey holds, GiB: pictures, attention of a batch, features of all blocks."""
+    """An estimate of what a survey holds, GiB: pictures, attention of a batch, features."""
     patches = (size // config.patch) ** 2
     kept = config.depth * patches * config.width * 2  # bytes, in half precision
     if {"pca", "foreground"} & set(args.what):  # of one block, in double precision
@@ -848,7 +847,8 @@ def survey_gib(config: clsspec.Config, args, size: int) -> float:
 
 
 def subjects_of(args) -> list[Subject]:
-    """The models, each with its pictures. ValueError: one twice, or no size for its patches."""
+    """The models, each with its pictures. ValueError: one is there twice, or a flag does not fit.
+    """
     files = [clsspec.weights_file(name) for name in args.models]
     names = [eval_dense.name_of(file) for file in files]
     if len(set(names)) < len(names):  # seeds in folders of their own: a/run, b/run
@@ -860,7 +860,7 @@ def subjects_of(args) -> list[Subject]:
         model = clsspec.load(file, args.network).to(args.device)
         print(f"{name}: {model.origin}")
         patch, side = model.config.patch, model.config.image_size // model.config.patch
-        # Of 8 to 16 patches: enough to see shapes, few enough for a CPU.
+        # 8 to 16 patches a side: enough to see shapes, few enough for a CPU.
         size = args.image_size or max(8, min(16, side)) * patch
         need(size % patch == 0, f"--image-size {size} is no multiple of {patch}, the patch of "
              f"{name}; try {whole_patches(size, patch)}")
@@ -874,7 +874,7 @@ def subjects_of(args) -> list[Subject]:
 
 
 def key_of(what: str, args) -> str:
-    """A result's name in analysis.json: what is not as usual stands in it."""
+    """A result's name in analysis.json, which has all options that are not the default."""
     if what == "degradation":
         return what
     words = [what] if args.network == "teacher" else [what, args.network]
@@ -905,7 +905,7 @@ def run(args) -> Path:
     out = Path(args.out or subjects[0].home)
     out.mkdir(parents=True, exist_ok=True)
     for folder in {out, *homes.values()}:
-        read_json(folder / "analysis.json")  # a damaged one is known before hours of work
+        read_json(folder / "analysis.json")  # so that a damaged one is found before hours of work
     how = {name: getattr(args, name) for name in
            ("data", "root", "network", "device", "foreground")}
     how["pictures"] = {s.name: len(s.img) for s in subjects}
@@ -924,21 +924,21 @@ def run(args) -> Path:
         for what, (keep, numbers, _) in measures.items():
             try:
                 results[what][s.name] = numbers(kept[keep.__name__] if keep else {}, s)
-            except ValueError as err:  # the other measures may well have what they need
+            except ValueError as err:  # other measures may still have what they need
                 print(f"{what}: left out of {s.name}, {err}")
         block = (args.block or s.model.config.depth) - 1
         if drawn:
             patches.append(kept["features"]["patches"][block])
         if "maps" in drawn:
             weights.append(kept["looks"]["weights"][block])
-        del kept  # room for the next model's
-    if "pca" in drawn:  # all models at once, as their colours are to be alike
+        del kept  # makes room for the next model's
+    if "pca" in drawn:  # all models together, so that colours mean the same
         results["pca"] = pca(out / "pca.png", patches, subjects)
     if "maps" in drawn:
         try:
             results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
         except ValueError as err:
-            need(any(results.values()), str(err))  # or it is all there is to say
+            need(any(results.values()), str(err))  # an error if there is no other result
             print(f"maps: left out, {err}")
 
     for what in WHAT:

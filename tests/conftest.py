@@ -7,9 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
-# Before torch, or it is not read. The tests' tensors are small: more threads gain a tenth, and beside other programs wait
-
-# for each other, three to ten times as long.
+# Set before torch is imported, or it is not read. The tests' tensors are small: more threads gain a tenth, and beside
+# other programs they wait for each other, three to ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -435,15 +435,54 @@ def test_the_published_tables_can_be_made(monkeypatch, capsys):
     assert "71 runs, 20.8 hours of a core. Failed runs: none" in text
 
 
+def check_table(lines: list[str], group, arms: str, heads) -> None:
+    """Rows of a table in Markdown, one for each arm ("-": not of the published runs), are what `tables.cell` makes."""
+    numbers = lambda text: [float(number) for number in re.findall(r"[+-]?\d+\.?\d*", text.partition(" of ")[0])]
+    for arm, line in zip(arms.split(), lines, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for head, cell in zip(heads, cells, strict=True):
+            result, metric, digits = tables.OUTCOMES[head]
+            finer = tables.cell(group, arm, result, metric, digits + 3) if arm != "-" else ""
+            if not finer:  # softmax gives all 65 tokens a weight
+                assert arm == "-" or cell in ("", "65"), (arm, head)
+                continue
+            shown, made = numbers(cell), numbers(finer)
+            assert len(shown) in (1, 2, len(made)), (arm, head)  # the mean; its standard deviation; the difference
+            digits = len(cell.split()[0].partition(".")[2])  # may be fewer
+            assert shown == pytest.approx(made[: len(shown)], abs=0.51 * 10**-digits), (arm, head)
+
+
 def test_readmes_table_is_made_of_the_published_runs():
     group = tables.groups(study.read(ROOT / "results/study.jsonl"))["nano", "scenes", "seeds for claims"]
-    numbers = lambda text: [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
     table = (ROOT / "README.md").read_text().split("| `nano` on Scenes")[1].split("\n\n")[0].splitlines()[2:]
-    for arm, row in zip(("untrained", "plain", "norms", "qkv4", "qkv8"), table, strict=True):
-        for head, cell in zip(tables.SHOWN, row.strip("| ").split(" | ")[1:], strict=True):
-            result, metric, digits = tables.OUTCOMES[head]
-            finer = tables.cell(group, arm, result, metric, digits + 3)
-            assert numbers(cell) == pytest.approx(numbers(finer), abs=0.51 * 10**-digits), (arm, head)
+    check_table(table, group, "untrained plain norms qkv4 qkv8", tables.SHOWN)
+
+
+FACTORS = "qkv{0} qkv{0}-k2 qkv{0}-k3 qkv{0}-k5 qkv{0}-k10 qkv{0}-fresh"
+TABLES = [  # of STUDY.md: trained on, seeds, arms
+    ("scenes", study.CLAIM, "untrained plain norms qkv4 qkv8"),
+    ("scenes", study.CLAIM, "plain norms qkv4 qkv8"),
+    ("scenes", study.CHOOSE, f"untrained plain plain-half plain-double norms norms-k3 {FACTORS.format(4)} "
+                             f"{FACTORS.format(8)} plain-large qkv8-large"),
+    ("scenes", study.CLAIM, "best"),
+    ("scenes", study.CLAIM[:6], "plain plain-x4 qkv4-x4 best-x4"),
+    ("scenes", study.CLAIM[:6], "plain entmax plain-half entmax-half plain-double entmax-double"),
+    ("tiny", study.CLAIM[:6], "- plain qkv8 best"),
+    ("scenes", study.CLAIM[:3], "- tiny-width-third tiny-width-best-third tiny-width tiny-width-best")]
+
+
+def test_studys_tables_are_made_of_the_published_runs():
+    results = (ROOT / "results/STUDY.md").read_text().split("## Results")[1].split("### The 24 tests")[0]
+    found = re.findall(r"^\|  \|(.*)\n\| ---.*\n((?:\|.*\n)+)", results, re.M)
+    assert len(re.findall(r"^\| ---", results, re.M)) == len(found) + 3  # the answers, slopes, what is ruled out
+    lines = study.read(ROOT / "results/study.jsonl")
+    names = {"mIoU, late - middle": "online mIoU, late - middle", "RMSE, late - middle": "online RMSE, late - middle",
+             "k-NN, late - middle": "online k-NN, late - middle",
+             "cosine after norms, Tiny ImageNet": "the same, Tiny ImageNet"}
+    for (heads, table), (data, seeds, arms) in zip(found, TABLES, strict=True):
+        (group,) = tables.groups([line for line in lines if line["data"] == data and line["seed"] in seeds]).values()
+        heads = [head.strip().removeprefix("Scenes ") for head in heads.strip("|").split("|")]
+        check_table(table.splitlines(), group, arms, [names.get(head, head) for head in heads])
 
 
 def test_head_ends_the_tables_without_a_word():

@@ -65,7 +65,7 @@ ARMS = {
     "norms-k3": Arm("--spec norms --cls-lr 3", "norms, copies 3 x"),
     "qkv8-fresh": Arm(f"{QKV8} --spec-init fresh", "norms, qkv in 8 blocks, drawn anew"),
     "qkv4-fresh": Arm(f"{QKV4} --spec-init fresh", "norms, qkv in 4 blocks, drawn anew"),
-    # On another CPU than `plain`, which rounds otherwise: what a difference is of itself.
+    # On another CPU than `plain`, which rounds otherwise: how much arms differ by chance alone.
     "plain-again": Arm("", "plain, again on another CPU"),
     "plain-half": Arm("--lr 2e-3", "plain, half the rate"),
     "plain-double": Arm("--lr 8e-3", "plain, twice the rate"),
@@ -92,14 +92,14 @@ ARMS = {
     "tiny-width": Arm(WIDE, "width 192, plain", ""),
     "tiny-width-best": Arm(f"{WIDE} {BEST}", "width 192, norms, qkv in 4 blocks, copies 2 x",
                            "tiny-width"),
-    # nano's rate is for width 64, and proved too high for three times as much.
+    # nano's learning rate is for width 64, and proved too high for three times that width.
     "tiny-width-third": Arm(f"{WIDE} --lr 1.33e-3", "width 192, plain, a third of the rate", ""),
     "tiny-width-best-third": Arm(f"{WIDE} --lr 1.33e-3 {BEST}", "width 192, norms, qkv in 4 "
                                  "blocks, copies 2 x, a third of the rate", "tiny-width-third"),
-    # Is it the parameters? As many as with norms and qkv in 4 blocks.
+    # Question 1: is it the parameters? Plain has as many here as with norms and qkv in 4 blocks.
     "plain-wide": Arm("--mlp-ratio 2.535", "plain, as many parameters as qkv in 4 blocks"),
 }
-CHOOSE, CLAIM = tuple(range(40, 46)), tuple(range(100, 112))  # seeds: none serves for both
+CHOOSE, CLAIM = tuple(range(40, 46)), tuple(range(100, 112))  # seeds: none is used for both
 PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("plain", "norms", "qkv4", "qkv8"), CLAIM),
     ("scenes", ("plain", "norms", "qkv8", "qkv8-k2", "qkv8-k3", "qkv8-k5", "qkv8-k10", "qkv8-fresh",
@@ -116,10 +116,10 @@ PLAN = [  # (data, arms, seeds), in the order of the questions
     ("scenes", ("plain-wide",), CLAIM[:6]),
     ("scenes", ("tiny-width-third", "tiny-width-best-third"), CLAIM[:3]),
 ]
-# The commits whose scripts made the runs: one, as far as results go. The second mends --spec-init
-# fresh, which failed, and makes all other runs to the same bits.
+# The commits whose scripts made the runs. They count as one: the second mends --spec-init fresh,
+# which failed, and makes all other runs to the same bits.
 HOUSES = "ec40638", "06087fe"
-# What the plan claims something of: differences of these to their controls, in these outcomes.
+# The plan's claims: differences of these arms to their controls, in these outcomes.
 CLAIMS = (("norms", "qkv4", "qkv8", "best", "best-x4", "qkv4-x4"),
           ("mIoU", "RMSE", "linear", "k-NN"))
 SCALES = "nano", "small"
@@ -139,7 +139,7 @@ def name_of(scale: str, data: str, arm: str, seed: int) -> str:
 
 
 def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[str]]:
-    """{stage: command} of a run. Each can be done again at no harm."""
+    """{stage: command} of a run. Each can be repeated without harm."""
     resume = "--resume" if (run / "last.pt").exists() else "--overwrite"
     pictures = ["--data", str(args.tiny)] if data == "tiny" else []
     judge = ["eval_dense.py", str(run)]
@@ -167,18 +167,18 @@ def stages(args, run: Path, data: str, arm: str, seed: int) -> dict[str, list[st
 # --------------------------------------------------------------------------------------------------
 # Working through the list.
 
-STOP = threading.Event()  # set by Ctrl-C and the like: somebody wants this to end
+STOP = threading.Event()  # set by Ctrl-C and the like
 
 
 def state_of(run: Path) -> dict:
-    """What is done: {"minutes": {stage: minutes}, "before": {stage: minutes so far, of one that was
-    cut short}, "failed": {stage: its last words}, "retried": what had failed before, "cpu"}."""
+    """What is done: {"minutes": {stage: minutes}, "before": {stage that was cut short: minutes so
+    far}, "failed": {stage: its last words}, "retried": what had failed before, "cpu"}."""
     usual = {"minutes": {}, "before": {}, "failed": {}, "retried": {}, "cpu": ""}
     return usual | read_json(run / "study.json")
 
 
 def cpu() -> str:
-    """This machine's, and the instructions that torch computes by: others round otherwise."""
+    """This machine's CPU, and the instructions that torch uses on it: others round otherwise."""
     file = Path("/proc/cpuinfo")  # Linux
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -191,7 +191,7 @@ def call(house: Path, command: list[str], log: Path, end: float) -> int:
         child = subprocess.Popen([sys.executable, *command], cwd=house, stdout=out, stderr=out)
     while child.poll() is None and time.time() < end and not STOP.wait(0.1):
         pass
-    child.terminate()  # train.py saves a checkpoint first; one that has ended feels nothing
+    child.terminate()  # train.py then saves a checkpoint; no effect on a command that has ended
     return child.wait()
 
 
@@ -224,7 +224,7 @@ def work(args, end: float, data: str, arm: str, seed: int) -> None:
         write(run / "study.json", json.dumps(state))
         print(f"{name}: {stage} {said}", flush=True)
         if code:
-            return  # what is not trained to its end is not judged
+            return  # a run that is not trained to its end is not judged
 
 
 def copies(run: Path) -> dict[str, float]:
@@ -241,12 +241,12 @@ def copies(run: Path) -> dict[str, float]:
 
 
 def line_of(run: Path, root: Path, scale: str, data: str, arm: str, seed: int) -> dict:
-    """What a run's files say, as a line of study.jsonl."""
+    """A run's line of study.jsonl, from its files."""
     state, config = state_of(run), read_json(run / "config.json")
     log = run / "log.jsonl"
     steps = read_log(log) if log.exists() else []
     keep = "step", "loss", "kl", "entropy", "miou", "rmse", "knn"
-    # No path of this machine goes into a line: it may be published.
+    # A line must not hold paths of this machine, as it may be published.
     command = config.get("command", "").replace(str(root), "runs/study")
     pictures = config.get("args", {}).get("data", "")
     if data == "tiny":
@@ -285,7 +285,7 @@ def collect(root: Path, file: Path, scale: str, one: tuple[str, str, int]) -> No
     run = root / name_of(scale, *one)
     state = state_of(run)
     if state["failed"] or {"train", "scenes", "inside"} <= state["minutes"].keys():
-        # Other lines stay, so that their folders may be moved away, or be on other machines.
+        # Other lines stay, so that their folders may be moved away or be on another machine.
         lines = {line["run"]: line for line in read(file)} if file.exists() else {}
         lines[run.name] = line_of(run, root, scale, *one)
         write(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
@@ -353,7 +353,7 @@ def run(args) -> None:
         signal.signal(number, lambda *_: STOP.set())
 
     def elsewhere(one) -> bool:
-        """Every stage is in the run's line, and there is no folder to look into."""
+        """The run's line has every stage, and its folder is not here."""
         run = args.root / name_of(args.scale, *one)
         done = lines.get(run.name, {}).get("minutes", {}).keys()
         return not run.exists() and stages(args, run, *one).keys() <= done

@@ -43,7 +43,7 @@ OUTCOMES = {
 }
 
 
-# {what a group's seeds are for: seeds}; of other seeds are the runs of earlier studies.
+# {what a group's seeds are for: seeds}; runs of other seeds are of earlier studies.
 USES = {"seeds for choosing": study.CHOOSE, "seeds for claims": study.CLAIM}
 
 
@@ -91,12 +91,12 @@ EARLIER = {"dino-entmax": "dino", "qkv4-half": "plain-half", "registers-qkv4": "
 
 
 def arm_of(name: str) -> study.Arm:
-    """An arm's row; that of an earlier study's, whose name says enough."""
+    """An arm's row in ARMS; an arm of an earlier study is called by its name."""
     return study.ARMS.get(name) or study.Arm("", name, EARLIER.get(name, "plain"))
 
 
 def options(name: str) -> tuple[str, set[str]]:
-    """A result's name -> what it is of, and the options that it was judged with."""
+    """A result's name -> what was judged, and with which options."""
     words = name.split(" ")
     return " ".join(word for word in words if "=" not in word), {w for w in words if "=" in w}
 
@@ -106,8 +106,8 @@ def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float
     out, (wanted, protocol) = {}, options(result)
     for seed, line in sorted(seeds.items()):
         for key, found in line["results"].items():
-            # After the name may stand a folder, or how many pictures. Other options are another
-            # protocol, and so another outcome.
+            # A folder, or the number of pictures, may come after the name. Other options are
+            # another protocol, and so another outcome.
             name, theirs = options(key)
             if f"{name} ".startswith(f"{wanted} ") and theirs == protocol and metric in found:
                 out.setdefault(seed, found[metric])
@@ -115,8 +115,8 @@ def numbers(seeds: dict[int, dict], result: str, metric: str) -> dict[int, float
 
 
 def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
-    """Arm minus control over the seeds of both: analyze.interval, "each" difference, and its "p".
-    None where there are not two pairs."""
+    """Arm minus control over the seeds that both have: analyze.interval, "each" seed's difference,
+    and "p". None if there are fewer than two pairs."""
     control = arm_of(arm).control
     mine = numbers(group[arm], result, metric)
     theirs = numbers(group.get(control, {}), result, metric)
@@ -130,7 +130,7 @@ def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
 
 
 def about(each: dict[int, float]) -> dict:
-    """{seed: difference} -> analyze.interval, the p-value of no difference, and `each`."""
+    """{seed: difference} -> analyze.interval, "p" (of there being no difference), and `each`."""
     d = torch.tensor([*each.values()]).double()
     t = d.mean() / (d.std() / len(d) ** 0.5).clamp(min=1e-12)
     found = analyze.interval(torch.zeros_like(d), d)
@@ -194,7 +194,7 @@ def markdown(heads: list[str], rows: list[list]) -> str:
 
 
 def table(group: dict) -> str:
-    """A row an arm, a column an outcome that is there."""
+    """A row for each arm, a column for each outcome that is there."""
     arms = [arm for arm in group if group[arm]]
     heads = [head for head, (result, metric, _) in OUTCOMES.items()
              if any(numbers(group[arm], result, metric) for arm in arms)]
@@ -220,7 +220,7 @@ def claims(group: dict) -> str:
             planned = len({seed for data, some, seeds in study.PLAN for seed in seeds
                            if data == "scenes" and arm in some and seed in study.CLAIM})
             found.append((arm, head, what[2], d, planned))
-    # Those whose pairs are not all there count, too, as if they had no effect.
+    # Claims without all their pairs count in the correction, too, as if they had no effect.
     to_come = len(arms) * len(outcomes) - len(found)
     corrected = holm([d["p"] if d["n"] == planned else 1.0 for *_, d, planned in found]
                      + [1.0] * to_come)
@@ -234,14 +234,14 @@ FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
 
 
 def slopes(group: dict) -> str:
-    """A line an outcome: what a doubling of the copies' learning rate changes, by least squares of
-    each seed over FASTER, and what each factor does beside 1; means of both depths."""
+    """A line for each outcome: what a doubling of the copies' learning rate changes, by a least
+    squares fit over FASTER for each seed, and what each factor changes; means of both depths."""
     rows, x = [], torch.tensor(FASTER).double().log2()
     x -= x.mean()
     for head, (result, metric, digits) in OUTCOMES.items():
         each = {}
         for seed in study.CHOOSE:
-            depths = []  # of each depth a number a factor
+            depths = []  # for each depth a number for each factor
             for arm in ("qkv4", "qkv8"):
                 arms = [arm if k == 1 else f"{arm}-k{k}" for k in FASTER]
                 values = [numbers(group[name], result, metric).get(seed) for name in arms]
@@ -261,8 +261,8 @@ GROWS = (("qkv8", "qkv8-large"), ("qkv4", "qkv4-x4"), ("best", "best-x4"), ("bes
 
 
 def grows(group: dict) -> str:
-    """A line a pair of arms and outcome: by how much the difference to the control changes from
-    the first arm to the second, over the seeds of both."""
+    """A line for each pair of arms and outcome: by how much the difference to the control changes
+    from the first arm to the second, over the seeds that both have."""
     rows = []
     for arms, (head, what) in product(GROWS, OUTCOMES.items()):
         before, after = (difference(group, arm, *what[:2]) for arm in arms)
@@ -301,9 +301,9 @@ HORIZON = {1250: "best", 5000: "best-x4", 20_000: "best-x16"}  # steps: arm
 
 
 def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = False) -> None:
-    """A panel an outcome; in it each arm's difference to its control, of each seed and their mean
-    with its interval: a row an arm, or over the number of steps, where a line joins the dots of a
-    seed. arms: {arm: label}."""
+    """A panel for each outcome, with each arm's difference to its control, of every seed and their
+    mean with its interval: a row for each arm, or over the number of steps, where a line joins the
+    dots of a seed. arms: {arm: label}."""
     fig, axes = analyze.canvas(len(SHOWN), len(SHOWN), sharey=not steps)
     fig.set_size_inches(11, 3.2 if steps else 1.2 + 0.4 * len(arms))
     beside = 0.1 if steps else 0.2  # dots are beside an interval, not on it
@@ -354,8 +354,8 @@ def curve(ax, i: int, x, middle, low, high, label: str) -> None:
 
 
 def draw_cosines(path: Path, group: dict, arms: list[str]) -> None:
-    """The cosine of [CLS] and patches, block by block: means over seeds; beside them the difference
-    to plain of the same seed with its interval. arms: those beside plain."""
+    """The cosine of [CLS] and patches, block by block: means over seeds, and the difference to
+    plain of the same seed with its interval. arms: all but plain."""
     fig, axes = analyze.canvas(2, 2)
     plain = {seed: line["cosine by block"] for seed, line in group["plain"].items()}
     for i, arm in enumerate(["plain", *arms]):
@@ -396,7 +396,7 @@ def draw_online(path: Path, group: dict, rows: list[list[str]]) -> None:
         ax.set_title(f"online {head}", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.set_xlabel("training step", fontsize=8)
-    for ax in axes[1::3]:  # depth falls, and leaves room
+    for ax in axes[1::3]:  # the middle panels have room, as depth falls
         ax.legend(fontsize=7, loc="upper right")
     fig.savefig(path, dpi=90)
 

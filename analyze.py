@@ -8,7 +8,7 @@
 Numbers go to analysis.json in --out, pictures to NAME.png beside it; all but pca.png and maps.png
 need matplotlib. By default --out is the first model's folder (another model's numbers then go to
 its own folder, too), runs/FILE for a file of weights, and for --compare the folder that all runs
-are in. P1: arXiv 2602.08626, P2: arXiv 2605.23868. "Ours": the papers give no formula.
+are in. P1: arXiv 2602.08626, P2: arXiv 2605.23868. "Ours": we know of no formula in them.
 
 cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with other patches, at
              four points of a block: `before norm`, what enters it; `after norm`, what leaves norm1;
@@ -18,8 +18,8 @@ cosines      Mean cosine, in [-1, 1], of [CLS] with patches and of patches with 
              unit patches, 1 if all are alike; `neighbours`, mean cosine of adjacent patches minus
              that of all pairs, raw and with the picture's mean patch subtracted (ours)
 dimensions   Mean |activation| of each dimension, of [CLS] and of patches, before and after norm1.
-             `overlap`: sum_d min(a_d, b_d), both scaled to sum 1: 1 if the same dimensions are
-             large, 0 if others are (ours). `gain`: mean |gain| of norm1 for [CLS] (for patches), on
+             `overlap`: sum_d min(a_d, b_d), both scaled to sum 1: 1 if they are equally large, 0 if
+             no dimension is shared (ours). `gain`: mean |gain| of norm1 for [CLS] (for patches), on
              the tenth of the dimensions in which [CLS] (patches) are largest; `gains_cosine`: of
              the two gain vectors. gains.png: both, dimension by dimension, in one block. (P1)
 norms        L2 norm of patches that leave a block; `outliers`: % of patches above three medians,
@@ -43,12 +43,13 @@ degradation  The teacher's online probe in log.jsonl: each metric over steps, it
 pca          A column for each picture, a row for each model: three principal components of the last
              block's (or --block's) patches as RGB, fitted to all --pictures, in the order and with
              the signs that fit the first model's best. --foreground: fitted to the patches on one
-             side of 0 of the first component, the side that is rarer at the border; others are
-             black. `share`: % of the variance. (P1, P2)
+             side of 0 of the first component, the one that is rarer at the border than inside;
+             others are black. `share`: % of the variance. (P1, P2)
 maps         A column for each picture. For each model and head of --block: where [CLS] looks, each
-             patch as bright as its weight, white for the head's largest on that picture; the table
-             says how much weight is on patches, on [CLS] itself, registers and bias. Then how alike
-             the block's patches are to one, --patch, framed: white is cosine 1, black 0 or less
+             patch as bright as its weight, brightest the head's largest on that picture; the table
+             says how much weight is on patches, on [CLS] itself, registers and bias. Then how much
+             the block's patches are like one of them, --patch, framed: brightest is cosine 1, black
+             0 or less
 """
 
 import argparse
@@ -96,7 +97,7 @@ POINTS = ("before norm", "after norm", "attention", "after attention")
 
 @dataclass
 class Step:
-    """One block (or the final norm, without `attention`) and B pictures. Tokens are (B, T, D), rows
+    """One block (or the final norm, without `attention`) on B pictures. Tokens are (B, T, D), rows
     [CLS, registers, patches]; in CaiT [CLS] is missing at first, and later it alone is updated."""
 
     points: dict[str, Tensor]  # tokens at POINTS
@@ -176,7 +177,7 @@ def cosines(step: Step) -> dict[str, Tensor]:
 def neighbour_excess(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches (B, N, D) -> how much more alike neighbours are than any two, in cosine: (B,)."""
     unit = F.normalize(x, dim=-1)
-    # This is subtracted below: where all patches are alike, neighbours being so says nothing.
+    # Subtracted below: if all patches are alike, it says nothing that neighbours are.
     every = patch_cosine(unit)
     unit = unit.unflatten(1, grid)  # (B, h, w, D)
     beside = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1).flatten(1)
@@ -403,7 +404,7 @@ WORDS = {"miou": "segmentation, mIoU", "rmse": "depth, RMSE", "absrel": "depth, 
          "knn": "classes, k-NN"}
 UNITS = {name: text.split("}")[1].strip() or "ratio" for name, text in METRICS.items()}
 
-# For each output: a function of a Step, what is kept of it; a function that sums that up over all
+# For each output: a function that returns what is kept of a Step; one that sums that up over all
 # pictures of a Subject; and panels of its figure, which are also columns of its table: title, unit,
 # decimals in the table, {what a line is called: its name in analysis.json}.
 MEASURES = {
@@ -455,7 +456,7 @@ def level(value) -> float:
 
 def inner_side(x: Tensor, h: int) -> Tensor:
     """Features (P, h w, D) -> (P, h w) bool: the side of the first component that is rarer at the
-    border of the pictures."""
+    border of the pictures than inside."""
     # Which side objects are on is arbitrary, but they are mostly in the middle.
     positive = rearrange(components(x, 1)[0], "p (h w) 1 -> p h w", h=h) > 0
     inner = positive[:, 1:-1, 1:-1].double().mean()
@@ -526,7 +527,7 @@ def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject])
         alike = (unit * unit[:, row * w + column, None]).sum(-1).view(-1, h, w)
         left, top = column * c.patch, row * c.patch
         box = torch.tensor([[left, top, left + c.patch - 1, top + c.patch - 1]])
-        wide = -(-img.shape[-2] // 112)  # in pixels, so that the frame is one wide on the sheet
+        wide = -(-img.shape[-2] // 112)  # so that the frame is one pixel wide on the sheet
         tiles = [draw_bounding_boxes(tile, box, colors="red", width=wide)
                  for tile in over(img, alike.clamp(0, 1))]
         rows[" ".join([*textwrap.wrap(s.name, 14), "like red"])] = tiles
@@ -556,7 +557,7 @@ def outlier_sentence(numbers: dict[str, list[float]]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Two groups of runs.
 
-SETTING = "git", "torch", "device", "threads"  # in config.json: what differs beside the flags
+SETTING = "git", "torch", "device", "threads"  # in config.json: may differ, beside the flags
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; the last, for more, is a little wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -667,7 +668,8 @@ def show(columns: list[list[str]]) -> None:
 
 
 def table(what: str, model: str, numbers: dict) -> None:
-    """Print a line for each block; for `degradation` one for each metric."""
+    """Print a line for each block; for `degradation` for each metric, for pca and maps each share.
+    """
     print(f"\n{what}: {model}")
     columns = [["", *numbers]]
     if what == "degradation":
@@ -721,8 +723,8 @@ def canvas(panels: int, columns: int, **more):
 
 
 def curves(keys: list[str], results: dict[str, dict]) -> list[tuple]:
-    """The lines of a panel: (number of the model, number of the quantity, x, y). None if all are
-    flat and at one height, as where there are no outliers, since the table says that already."""
+    """The lines of a panel: (number of the model, number of the quantity, x, y). No lines if all
+    are flat and at one height, as without outliers, since the table says that already."""
     lines, every = [], []
     for i, numbers in enumerate(results.values()):
         for j, key in enumerate(keys):
@@ -874,7 +876,8 @@ def subjects_of(args) -> list[Subject]:
 
 
 def key_of(what: str, args) -> str:
-    """A result's name in analysis.json, which has all options that are not the default."""
+    """A result's name in analysis.json: with network, pictures and options if not the usual ones.
+    """
     if what == "degradation":
         return what
     words = [what] if args.network == "teacher" else [what, args.network]

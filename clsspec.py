@@ -271,7 +271,8 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(shape))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q, k, v, each (B, H, T, d); an attention bias is one more row 0 of k, v."""
+        """(B, T, D) -> q, k, v, each (B, H, T, d); with an attention bias k and v have T + 1 rows,
+        the bias first."""
         q, k, v = rearrange(self.qkv(x), "b t (s h d) -> s b h t d", s=3, h=self.heads)
         if hasattr(self, "bias_k"):
             bias_k, bias_v = (bias.to(k.dtype).expand(len(k), -1, -1, -1)
@@ -281,15 +282,15 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, H, T, d), (B, H, T', d) -> attention (B, H, T, T'), rows sum to 1."""
-        # A sum of d products grows with sqrt(d), and the softmax of large scores is flat. k is
-        # scaled rather than the scores, as it has fewer numbers.
+        # A sum of d products grows with sqrt(d), and the softmax of large scores is saturated, with
+        # hardly a gradient. k is scaled rather than the scores, as it has fewer numbers.
         scores = q @ (k * k.shape[-1] ** -0.5).mT
         return Entmax15.apply(scores) if self.kind == "entmax15" else scores.softmax(-1)
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). asking = n: only the first n tokens have queries: (B, n, D)."""
         q, k, v = self.queries_keys_values(x)
-        q = q[:, :, :asking]  # a loss of [CLS] alone reads no patches after the last block
+        q = q[:, :, :asking]  # a loss on [CLS] alone needs no patches of the last block
         # On a CPU fused attention of few tokens is no faster on two threads than on one. Without
         # it a step of nano, which has 37 tokens, is 10 % shorter.
         few = k.shape[2] < 64 and x.device.type == "cpu"
@@ -357,14 +358,14 @@ class Block(nn.Module):
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x: Tensor, branch, asking: int | None = None) -> Tensor:
-        """x + branch(x). Stochastic depth, in training: a random share of the pictures, a whole
-        number of them, skips the branch, which is not computed for them, as in DINOv2."""
+        """x + branch(x). Stochastic depth, in training: a share of the pictures, drawn at random
+        and rounded to whole ones, skips the branch: it is not computed for them, as in DINOv2."""
         if not (self.training and self.drop_path):
             return x[:, :asking] + branch(x)
         n = max(round(len(x) * (1 - self.drop_path)), 1)
         kept = torch.randperm(len(x), device=x.device)[:n]
         y = branch(x.index_select(0, kept))
-        # The pictures that are left count for more, so that the mean over draws is the same.
+        # The pictures that are kept count for more, so that the expected output is the same.
         return x[:, :asking].index_add(0, kept, y.to(x.dtype), alpha=len(x) / n)
 
 
@@ -379,7 +380,7 @@ class ViT(nn.Module):
     """Pictures to tokens. Built plain, then specialised as the config says, so that a plain and a
     specialised model of one seed start from the same weights."""
 
-    origin = ""  # where its weights came from, in words; set by `load`
+    origin = ""  # what it is and where it came from, in words; see `load`
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -449,7 +450,7 @@ class ViT(nn.Module):
         need(height % p == width % p == 0, f"picture of {height} x {width} px: both sides must be "
              f"multiples of the patch, {p} px; resize or crop it")
         x = self.patch_embed(img)  # (B, N, D)
-        if mask is not None:  # a hidden patch keeps its position, to be asked what was there
+        if mask is not None:  # a hidden patch keeps its position, so that it can be predicted
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(height // p, width // p)
         x = x + positions[:, 1:]
@@ -464,11 +465,11 @@ class ViT(nn.Module):
                 cls_only: bool = False) -> dict[str, Tensor]:
         """img: (B, 3, h p, w p), pictures from `preprocess`; mask: (B, N) bool, True hides a patch.
 
-        layers: the blocks, counted from 1, whose tokens are wanted, concatenated along D; none: the
-        last. cls_only, not with layers: the last block computes [CLS] alone, which saves 5 % of a
-        ViT-S.
+        layers: the blocks, counted from 1, whose tokens are wanted, concatenated along D from the
+        first to the last; none: the last. cls_only, not with layers: the last block computes [CLS]
+        alone, which saves 5 % of a ViT-S.
         Returns the tokens after the final norm: cls (B, D), registers (B, R, D), patches (B, N, D),
-        D times the number of layers. With cls_only registers and patches are empty.
+        with n layers n D instead of D; with cls_only registers and patches are empty.
         Raises ValueError if a side is not a multiple of the patch p.
         """
         assert not (layers and cls_only)
@@ -564,7 +565,7 @@ def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def normalise(img: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), RGB in [0, 1] -> standardised, as public networks want them, too."""
+    """Pictures (B, 3, H, W), RGB in [0, 1] -> what all networks here, and public ones, expect."""
     mean, std = (constant(x, img.device, img.dtype)[:, None, None] for x in (MEAN, STD))
     return (img - mean) / std
 
@@ -572,8 +573,8 @@ def normalise(img: Tensor) -> Tensor:
 def preprocess(img: Tensor, patch: int, side: int = 0) -> Tensor:
     """uint8 pictures (B, 3, H, W), or one, (3, H, W), RGB -> what a ViT takes, (B, 3, h p, w p).
 
-    side: the length of the shorter side, in pixels; 0: as it is. Both sides are then resized, with
-    antialias, to the nearest multiple of the patch p."""
+    side: the length of the shorter side, in pixels; 0: as it is. It is one resize, with antialias,
+    of both sides to the nearest multiple of the patch p."""
     need(img.dtype == torch.uint8 and img.ndim in (3, 4) and img.shape[-3] == 3,
          f"preprocess takes uint8 pictures (B, 3, H, W), RGB; got {img.dtype} {tuple(img.shape)}")
     img = img.reshape(-1, *img.shape[-3:]) / 255
@@ -629,7 +630,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A .safetensors file: 8 bytes with the length of a JSON text; that text, {name: type, shape,
-    and where its bytes begin and end}; the bytes. ValueError: it is none, or a part is missing."""
+    where its bytes begin and end in the rest}; the rest. ValueError: it is none, or not whole."""
     data, state, end = bytearray(path.read_bytes()), {}, 0
     start = 8 + int.from_bytes(data[:8], "little")
     try:
@@ -710,7 +711,7 @@ def load(path, network: str = "teacher") -> ViT:
     except Exception as err:  # whatever is not as train.py leaves it
         why = " ".join(str(err).split())[:300] or type(err).__name__
         raise ValueError(f"{path} cannot be used as a checkpoint of this project ({why})") from None
-    # Outside the try: that the file `init` is gone is no fault of this one.
+    # Outside the try: a missing file `init` is no fault of this one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = start(cfg, init).eval()
@@ -735,7 +736,7 @@ def described(model: ViT) -> str:
 
 
 def start(cfg: Config, init: str | None = None) -> ViT:
-    """A network at step 0: a new one; or, where there is a file `init`, with its shape and weights
+    """A network at step 0: a new one; or, if a file `init` is given, one with its shape and weights
     (the teacher's), and with drop_path and the specialisation of cfg. ValueError: the file's
     network is specialised in another way."""
     if not init:

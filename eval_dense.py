@@ -8,14 +8,14 @@
 Protocol: DINOv2's linear segmentation and DINOv3's linear depth, DINO's k-NN, logistic regression.
 Features  patches (and [CLS]) of the last block after the final norm, or with --layers 3,6,9,12 of
           several blocks, concatenated; --cat-cls: each patch concatenated with [CLS].
-          The backbone is frozen, in eval mode, in bf16 on a GPU that has it, else in fp32.
+          The backbone is frozen, in eval mode, in bf16 on a CUDA GPU that has it, else in fp32.
 Pictures  resized with antialias to --image-size on the shorter side (0: as they are), then to the
           nearest multiple of the patch on both sides; labels are not resized. --crop: train on
           crops of picture and labels: scale 0.5 to 2 (1 if there is depth), flip, padding of black,
           255 or no depth. Crops and windows are multiples of the patch, too.
-Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0; to classes, or to weights, relu + 0.1
-          and normalised, of 256 uniform bins of depth from 0.001 m to the set's largest. The output
-          is upsampled bilinearly (corners not aligned) to the label's size.
+Heads     BatchNorm and one linear layer, N(0, 0.01), bias 0; to classes, or to 256 uniform bins of
+          depth from 0.001 m to the set's largest, whose mean weighted by relu + 0.1 is the depth.
+          The output is upsampled bilinearly (corners not aligned) to the label's size.
 Losses    cross-entropy, 255 ignored; scale-invariant log loss (`silog`) of valid pixels. Each step
           looks at every (patch / 2)th row and column of the labels, from a random first one.
 Training  AdamW, weight decay 1e-4; linear warm-up, then linearly to 0; batches with replacement. Of
@@ -42,10 +42,10 @@ kitti, the training pictures' largest in pairs. nyu: in Eigen's crop; kitti: in 
 352 x 1216; sunrgbd: with nyu's heads, in Eigen's crop, both depths cut off at 8 m. pets: seg of pet
 and background, the border ignored; cls and knn of breeds, in the middle 224 of 256. --download
 fetches voc, pets, imagenette and cifar10.
-Unlike the papers: labels are sampled in rows and columns; for depth pictures are not rescaled;
-colours are not jittered; crops have no limit on a class's share; learning rates fall linearly, and
-nyu's and kitti's are chosen on frames of the same videos, without Eigen's or Garg's crop; cls reads
-one block, and its pictures are not augmented.
+Unlike the papers: labels are sampled in rows and columns; for depth, pictures are not rescaled at
+random; colours are not jittered; crops have no limit on a class's share; learning rates fall
+linearly, and nyu's and kitti's are chosen on frames of the same videos, without Eigen's or Garg's
+crop; cls reads one block, and its pictures are not augmented.
 """
 
 import argparse
@@ -89,8 +89,8 @@ METRICS = {"miou": "{:.2f} %", "rmse": "{:.3f} m", "absrel": "{:.4f}", "delta1":
 LOWER = {"rmse", "absrel"}  # of METRICS: better when they are lower
 
 # --------------------------------------------------------------------------------------------------
-# Doors: how flags, pictures and JSON come in, how results go out, and how a command ends. All
-# scripts use these. To see how features are judged, read on from "Labelled pictures".
+# Doors, in and out: flags, pictures, JSON, results, and how a command ends. All scripts use these.
+# To see how features are judged, read on from "Labelled pictures".
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,8 +142,8 @@ def is_picture(file) -> bool:
 
 def picture_files(data) -> list[str]:
     """Paths of all pictures below a folder, sorted; or of those in a text file, one path a line,
-    relative to the file's folder or all to this one; or of one picture. ValueError: there is none.
-    """
+    all relative to the file's folder, or all to the current one; or of one picture. ValueError:
+    there is none."""
     at = Path(data)
     need(at.is_dir() or at.is_file(),
          f"--data {data}: neither 'scenes', nor a folder, nor a file of paths, nor a set by name "
@@ -155,7 +155,7 @@ def picture_files(data) -> list[str]:
                 inside.clear()
                 continue
             been.add(os.path.realpath(folder))
-            # Sorted: of a folder and a link to it the same one counts on every machine.
+            # Sorted, so that every machine takes the same one of a folder and a link to it.
             inside[:] = sorted(name for name in inside if not name.startswith("."))
             files += [os.path.join(folder, name) for name in names]
         files = [file for file in sorted(files) if is_picture(file) and os.path.isfile(file)]
@@ -168,7 +168,7 @@ def picture_files(data) -> list[str]:
             raise ValueError(f"--data {data}: neither a picture ({', '.join(KINDS)}) nor a text "
                              "file with a path a line") from None
         files = [line.strip() for line in lines if line.strip()]
-        # The first hundred tell relative to what; looking for millions of files might take hours.
+        # The first hundred show what paths are relative to; millions on a distant disk take hours.
         if any((at.parent / file).exists() for file in files[:100]):
             files = [os.path.join(at.parent, file) for file in files]
     need(files, f"--data {data}: no picture ({', '.join(KINDS)}) in it or below it")
@@ -241,7 +241,8 @@ def read_log(file: Path) -> list[dict]:
 
 
 def strict(x, digits: int = 17):
-    """The same without nan and inf, which JSON has not, and with numbers rounded to `digits`."""
+    """The same without nan and inf, which JSON does not have, and with so many significant digits.
+    """
     return json.loads(json.dumps(x), parse_constant=lambda name: None,  # of NaN and Infinity
                       parse_float=lambda number: float(f"{float(number):.{digits}g}"))
 
@@ -320,10 +321,10 @@ class Stopped(BaseException):  # no `except Exception` on the way may swallow it
 
 
 class Signals:
-    """Ctrl-C (SIGINT), a scheduler's SIGTERM, a closed terminal's SIGHUP. They raise Stopped, but
-    only after the end of a block that must not be interrupted, `with signals.held():`."""
+    """Ctrl-C (SIGINT), a scheduler's SIGTERM, a closed terminal's SIGHUP. They raise Stopped; the
+    first one waits for the end of a block that must not be cut in two, `with signals.held():`."""
 
-    holding, came, at = False, 0, 0.0  # the number of the first signal, and when it came
+    holding, came, at = False, 0, 0.0  # came: the signal's number, 0: none; at: when it came
 
     def handle(self, number: int, frame) -> None:
         if self.came and time.monotonic() < self.at + 1:
@@ -438,7 +439,7 @@ def random_crop(item: dict, u, size: int, crop: int) -> dict:
     top, left = int(u[1] * (h + below - crop + 1)), int(u[2] * (w + right - crop + 1))
     out = {}
     for kind, x in item.items():
-        smooth = kind == "image"  # between two classes, or depths, there is none to interpolate
+        smooth = kind == "image"  # classes and depths must not be interpolated
         how = TF.InterpolationMode.BILINEAR if smooth else TF.InterpolationMode.NEAREST_EXACT
         x = TF.resize(x if smooth else x[None], [h, w], how, antialias=True)  # (C, h, w)
         x = F.pad(x, (0, right, 0, below), value=255 if kind == "mask" else 0)
@@ -472,7 +473,7 @@ def stack(items: list[dict]) -> dict[str, Tensor]:
 @dataclass
 class Pictures(torch.utils.data.Dataset):
     """One split of a data set, on disk (`rows`) or in `memory`. An item is a dict of what the set
-    has: image uint8 (3, H, W), mask uint8 (H, W), depth float (H, W), metres, 0: none, label int.
+    has: image uint8 (3, H, W), mask uint8 (H, W), depth float (H, W), metres, 0: none; label int.
     """
 
     rows: list[dict] = ()  # paths `image`, `mask`, `depth`, an int `label`
@@ -601,8 +602,8 @@ def class_names(file: Path) -> tuple[str, ...]:
 
 
 def largest(folder: Path, bits: int) -> int:
-    """The largest number in a folder's maps, except the largest of so many bits, which means that
-    there is no value. Only one map is in memory at a time."""
+    """The largest number in a folder's maps, except 2^bits - 1, which means that there is no value.
+    Only one map is in memory at a time."""
     files = [*folder.glob("[!.]*.png")]  # no hidden files
     need(files, f"no .png file in {folder}")
     maps = (read_map(file, bits) for file in files)
@@ -906,8 +907,8 @@ def bar(stream, title: str, total: int):
 @torch.no_grad()
 def tokens(model: ViT, img: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     """uint8 (B, 3, H, W) -> what dense heads see, (B, h, w, D) or with --cat-cls (B, h, w, 2 D);
-    and what `linear` and `knn` see, [CLS] and the mean patch, concatenated, (B, 2 D). With several
-    layers D is as many times as large."""
+    and what `linear` and `knn` see, [CLS] and the mean patch, concatenated, (B, 2 D). With n layers
+    it is n D instead of D."""
     fast = img.is_cuda and gpu_has_bf16()
     with torch.autocast(img.device.type, torch.bfloat16, enabled=fast):
         out = model(normalise(img / 255), layers=p.layers)
@@ -991,7 +992,7 @@ def silog(predicted: Tensor, truth: Tensor) -> Tensor:
     g = torch.where(valid, predicted.log() - torch.where(valid, truth, 1).log(), 0)
     mean = g.sum() / n
     variance = (torch.where(valid, g - mean, 0) ** 2).sum() / n
-    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: no slope at 0
+    return (variance + 0.15 * mean**2 + 1e-8).sqrt() * valid.any()  # 1e-8: at 0 its slope is inf
 
 
 def head_loss(task: str, out: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -1100,7 +1101,7 @@ def knn(x: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20) -> T
     return torch.cat(out)
 
 
-PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4  # of the squared weights / 2, beside the mean cross-entropy
+PENALTIES = 1e-1, 1e-2, 1e-3, 1e-4  # times |weight|^2 / 2, added to the mean cross-entropy
 
 
 def softmax_regression(x: Tensor, labels: Tensor, start: Tensor, penalty: float) -> Tensor:
@@ -1261,7 +1262,7 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
     every = torch.arange(len(train))
     held = every % 10 == 0 if several else every < 0  # with one rate there is nothing to choose
     trained = train_heads(model, seen, every[~held], p, workers)
-    # Heads that diverged at one rate are left out, here for each task by itself.
+    # A rate at which one task's head diverged may still suit the other task.
     sound = {key for key, head in trained.items()
              if all(weight.isfinite().all() for weight in head.parameters())}
     loss = {}  # {(rate, task): the smaller the better}

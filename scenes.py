@@ -21,11 +21,11 @@ from torchvision.transforms.v2 import functional as TF
 
 SPLITS = ("train", "probe", "test", "val")
 CLASSES = "sky", "grass", "sand", "paving", "ball", "bush", "crate", "house", "drum", "trunk"
-# Materials. Each comes in three paints, a third of the circle of hues apart and between those of
-# others: their mean is a grey. So the mean colour has no hue to name a class by (its brightness
-# differs a little, .43 to .67); shape and texture can, or knowing which paints there are. Hue, in
-# turns, is of the first paint. Half widths and periods are in metres, for an object 4 m away;
-# aspect is height by width.
+# Materials. Each comes in three paints, whose hues are a third of a circle apart, and between those
+# of other materials. Their mean is grey, so the mean colour has no hue that names a class (its
+# brightness differs a little, .43 to .67); shape and texture do, or knowing the paints. Hue, in
+# turns, is the first paint's. Half widths and periods are in metres, for an object 4 m away; aspect
+# is height by width.
 KINDS = torch.tensor([
     # half  lo, hi   aspect lo, hi   period   hue     sat  value
     [0.50, 0.80,     1.00, 1.00,     0.72,    3 / 18, 0.66, 0.86],   # ball: dots
@@ -76,8 +76,8 @@ def crossings(o, d, surfaces: Tensor) -> tuple[Tensor, Tensor]:
     """The t at which rays o + t d enter each of the six objects, and whether they do: (B, 6, S, S).
 
     o, d: x, y, z of origin and direction, each broadcastable to (B, 1, S, S). In its own frame, in
-    half sizes, an object is the unit sphere, a cube (what three slabs share) or a cylinder (what a
-    slab and a column share), so what it shares with a ray is an interval of t, maybe an empty one.
+    units of its half sizes, an object is the unit sphere, a cube (where three slabs overlap) or a
+    cylinder (a slab and a column), so a ray is inside it for an interval of t, maybe an empty one.
     """
     x, y, z, cos, sin, *half_sizes = surfaces[1:9, :, 2:, None, None]
     o = [p / h for p, h in zip(turn([o[0] - x, o[1] - y, o[2] - z], cos, sin), half_sizes)]
@@ -152,7 +152,7 @@ class Scenes:
         rise = pick(0.45, 1.05)
         light = turn([rise.cos(), rise.sin(), 0 * rise], *((w := pick(0, math.tau)).cos(), w.sin()))
 
-        # Objects: two spheres, two boxes, two cylinders, each of either kind; 3 to 6 are there, in
+        # Objects: two spheres, two boxes, two cylinders; each shape has two kinds. 3 to 6 exist, in
         # a random order from near to far. The first, the main one, stands near the middle.
         kind = torch.tensor([0, 0, 2, 2, 4, 4]) + draw(0, 2).long()
         order, column = (draw(0, 1).argsort(1).argsort(1) for _ in range(2))
@@ -163,8 +163,8 @@ class Scenes:
         x = torch.where(order == 0, draw(-0.4, 0.4), (column + draw(0, 1)) / 3 - 1)
         x = x * z * tan[:, None]
         wide, wider, low, high, period, hue, sat, value = KINDS[kind].unbind(2)
-        # Far ones are larger, so that they can be seen; a third of the gap to a neighbour is the
-        # limit, as a box's corner is 1.5 half widths out.
+        # Far ones are larger, so that they can be seen; a half width is at most a third of the gap
+        # to a neighbour, as a box's corner is 1.5 half widths out.
         there, grow = order < count, (z / 4) ** 0.65
         gap = ((x[:, :, None] - x[:, None]) ** 2 + (z[:, :, None] - z[:, None]) ** 2).sqrt()
         apart = there[:, :, None] & there[:, None] & ~torch.eye(6).bool()
@@ -214,8 +214,8 @@ class Scenes:
         t, slot = torch.cat([torch.where(d[1] >= 0, 1e3 / (d[1] + 0.1), math.inf)[:, None],
                              torch.where(d[1] < 0, -eye[1] / d[1], math.inf)[:, None],
                              torch.where(hit, enter, math.inf)], 1).min(1)
-        # The winner's numbers, all (B, S, S), and what they make of the point: in the world, in the
-        # frame of its surface, and in half sizes; then the normal.
+        # The nearest surface's numbers, all (B, S, S); the point that is hit, in the world, in the
+        # surface's frame, and in half sizes; then the normal.
         row = 8 * torch.arange(len(slot), device=slot.device)[:, None, None]
         mask, x, y, z, cos, sin, a, b, c, k, phase, *colours = surfaces.flatten(1)[:, slot + row]
         mask = mask.long()
@@ -303,7 +303,7 @@ def sheet(path, rows: dict[str, list[Tensor]], classes=(), far: float = 0.0,
     """Write a PNG: a row of tiles for each title, `side` pixels high; below it a legend of class
     names, if there are `classes`, and of depth, if there is a largest depth `far` in metres."""
     font = ImageFont.load_default()
-    margin, gap, line = 96, 4, 18  # pixels: room for titles, between tiles, of a legend's line
+    margin, gap, line = 96, 4, 18  # pixels: width for titles, gap between tiles, a legend's line
 
     def across(tile: Tensor) -> int:
         return max(round(side * tile.shape[2] / tile.shape[1]), 1)

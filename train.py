@@ -104,13 +104,13 @@ SCALES = {
                   head_norm="batch", centring="sinkhorn", lr=1e-3, lr_batch=256, warmup=0.1,
                   patch_embed_lr=1.0, drop_path=0.0, layerscale=0.1, ema=0.98, ema_end=0.995,
                   temp_end=0.04),
-    # A CPU affords some 40,000 looks at pictures; the paper's run has two billion. So nano takes
-    # small pictures, few tokens, and objectives that fall at once: mild colours (with DINO's, the
-    # [CLS] loss stays at ln K for a thousand steps), no more prototypes than a batch can fill, one
-    # layer with batch normalisation as a head (a deeper one solves the task alone, the backbone
-    # stays as it was), a high learning rate, a teacher that follows closely; for `dino`, too, no
-    # moving centre, which comes too late: 8 of 128 prototypes were in use. An MLP half as wide as
-    # usual learns as much in a fifth less time. `small`: in between.
+    # A CPU can take some 40,000 looks at pictures; the paper's run takes two billion. So nano has
+    # small pictures, few tokens, and losses that fall at once: mild colours (with DINO's, the [CLS]
+    # loss stays at ln K for a thousand steps), no more prototypes than a batch can fill, a head of
+    # one layer with batch normalisation (a deeper one solves the task alone, and the backbone stays
+    # as it was), a high learning rate, a teacher that follows closely; and no moving centre, even
+    # for `dino`, as it lags: 8 of 128 prototypes were in use. An MLP half as wide as usual learns
+    # as much in a fifth less time. `small`: in between.
     "nano": dict(size="nano", source_size=64, image_size=48, local_size=24, local_crops=2,
                  batch_size=32, pictures=4096, steps=1250, mlp_ratio=2.0, global_scale=(0.4, 1.0),
                  colour=0.2, prototypes=128, head_layers=1, bottleneck=64, patch_bottleneck=64,
@@ -263,7 +263,7 @@ def parse(argv) -> argparse.Namespace:
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[scale])
     if scale == "nano" and (chosen.supervised or chosen.recipe == "deit3"):
         p.set_defaults(**LABELS_AT_NANO)
-    if chosen.init:  # it has learnt already, its heads have not: trials are in results/STUDY.md
+    if chosen.init:  # the backbone is trained, the heads are not; trials: results/STUDY.md
         p.set_defaults(lr=1e-4, head_lr=10.0)
     args = p.parse_args(argv)
 
@@ -345,7 +345,7 @@ class Folder(torch.utils.data.Dataset):
             self.classes = {name: i for i, name in enumerate(split.labels or ("",))}
             return
         self.files = eval_dense.picture_files(data)
-        # A class is a folder in the folder; "" are pictures in none.
+        # Each subfolder is a class; "" is for pictures in none.
         names = [""] * len(self.files)
         if os.path.isdir(data):
             parts = [os.path.relpath(file, data).split(os.sep) for file in self.files]
@@ -447,13 +447,12 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
     return gauss / gauss.sum(-1, keepdim=True)
 
 
-# How bright the eye finds red, green and blue (ITU-R BT.601); the cross product with (1, 1, 1), as
-# a matrix.
+# How bright the eye finds red, green and blue (ITU-R BT.601); the matrix of v -> (1, 1, 1) x v.
 LUMA, CROSS = (0.299, 0.587, 0.114), ((0, -1, 1), (1, 0, -1), (-1, 1, 0))
 
 
 def colouring(saturation: Tensor, hue: Tensor, grey: Tensor) -> Tensor:
-    """Factors (B,), turns (B,), which become grey (B,) -> matrices (B, 3, 3) that act on RGB."""
+    """Factors (B,), turns (B,), bools for grey (B,) -> matrices (B, 3, 3) that act on RGB."""
     luma, cross = (clsspec.constant(x, hue.device, hue.dtype) for x in (LUMA, CROSS))
     eye = torch.eye(3, device=hue.device)
     third, cross = torch.full_like(eye, 1 / 3), cross / math.sqrt(3)
@@ -485,7 +484,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
     u_share, u_ratio, others = u.split((TRIES, TRIES, len(RANDOM)), dim=1)
     u = dict(zip(RANDOM, others.unbind(1)))  # {name: (B,)}
 
-    # The choices, one number a picture. The crop's aspect is 3/4 to 4/3, uniform in its logarithm.
+    # The choices. The crop's aspect is 3/4 to 4/3, uniform in its logarithm.
     share = area[0] + (area[1] - area[0]) * u_share
     ratio = torch.exp(math.log(4 / 3) * (2 * u_ratio - 1))
     crop_h, crop_w = (h * w * share / ratio).sqrt(), (h * w * share * ratio).sqrt()  # (B, TRIES)
@@ -504,7 +503,7 @@ def view(img: Tensor, u: Tensor, size: int, area, blur: float, solarise: float, 
         chance, most = 0.8, (0.4, 0.4, 0.2, 0.1)
     # A share `chance` of pictures changes in brightness, contrast, saturation, hue, up to `most`.
     jittered = u["jitter"] < chance
-    # DINO's are 0.1 to 2 px; 1e-2 blurs nothing, and is not 0, by which `blurring` divides.
+    # DINO's are 0.1 to 2 px; 1e-2 blurs nothing; not 0, as `blurring` divides by sigma.
     sigma = torch.where(blurred, reach * (0.05 + 0.95 * u["sigma"]), 1e-2)
     change = [torch.where(jittered, strength * limit * (2 * u[name] - 1), 0.0)
               for name, limit in zip(("brightness", "contrast", "saturation", "hue"), most)]
@@ -599,7 +598,7 @@ def make_masks(args, b: int, patch: int, step: int, rank: int, ranks: int) -> Te
     draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 500_000_000)
     side, views, (low, high) = args.image_size // patch, 2 * b * ranks, args.mask_ratio
     number, masked = torch.arange(views), int(views * args.mask_share)
-    # --mask-ratio is cut into equal parts, one for each mask, so that no batch is all easy.
+    # Each mask draws from an equal part of --mask-ratio of its own, so that no batch is all easy.
     ratio = low + (high - low) * (number + torch.rand(views, generator=draw)) / max(masked, 1)
     wanted = torch.where(number < masked, (ratio * side * side).long(), 0)
     wanted = wanted[torch.randperm(views, generator=draw)]
@@ -746,7 +745,7 @@ def koleo(z: Tensor) -> Tensor:
         dots = z @ everyone.T
         dots.diagonal(rank * len(z)).fill_(-2)  # not itself: -1 is the least of all cosines
         near = dots.argmax(1)  # of unit vectors, the largest product is the smallest distance
-    # By the logarithm those closest to a neighbour are pushed hardest. 1e-8: two may be equal.
+    # The log pushes those with the closest neighbours hardest. 1e-8, as two may be equal.
     return -torch.log((z - everyone[near]).norm(dim=1) + 1e-8).mean()
 
 
@@ -761,8 +760,8 @@ def precision_for(device: str, width: int) -> str:
 
 
 class Network(nn.Module):
-    """A ViT and its heads: the student is one, the teacher another. It computes in bf16 if asked
-    to; all its outputs, and so every loss, are fp32."""
+    """A ViT and its heads: the student is one, the teacher another. It computes in bf16 or fp32, as
+    `precision` says; all its outputs, and so every loss, are fp32."""
 
     def __init__(self, args):
         super().__init__()
@@ -913,8 +912,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def make_optimizer(args, student: Network) -> torch.optim.AdamW:
     """AdamW in groups; `set_rates` tells each its learning rate and weight decay."""
     # Pulling a gain or a bias towards 0 makes no network simpler: those are `free` of decay.
-    # `kinds` are parts of a name, of which the first that fits counts; each has its own learning
-    # rate. "cls" are [CLS]'s copies in clsspec.Specialised; "last" are the heads' prototypes.
+    # `kinds` are parts of a name, of which the first that fits counts; each may have a learning
+    # rate of its own. "cls" are [CLS]'s copies in clsspec.Specialised, "last" the prototypes.
     groups, kinds = {}, ("last", "patch_embed", "cls", "cls_head", "patch_head")
     for name, p in student.named_parameters():
         free = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -1014,7 +1013,7 @@ class RunFolder:
         self.claim()
 
     def claim(self) -> None:
-        """Take a lock, which goes when the process goes, however that happens."""
+        """Take a lock that is freed when the process ends, however it ends."""
         self.lock = open(self.path / ".lock", "a+")
         try:
             import fcntl  # not on Windows, where nothing is claimed
@@ -1092,13 +1091,14 @@ class RunFolder:
         self.saved = step
 
     def put_away(self, step: int) -> None:
-        """Move old results away: they are of another network than that of this step."""
+        """Delete an old run's results, or rename this run's: they are of another network than
+        that of this step."""
         if self.new:  # they are an old run's, and from here on the folder is the new one's
             for name in ("eval.json", "eval.step*.json", "analysis.json", "analysis.step*.json",
                          "pictures.png"):
                 for file in self.path.glob(name):
                     file.unlink()
-        elif step != self.saved:  # they are this run's, of the step at which it was resumed
+        elif step != self.saved:  # they are this run's, of its last checkpoint
             for name in ("eval", "analysis"):
                 if (self.path / f"{name}.json").exists():
                     os.replace(self.path / f"{name}.json",
@@ -1211,7 +1211,7 @@ def describe(args, network: Network, ranks: int) -> None:
           f"[CLS] copies\n  which is           {clsspec.described(network.backbone)}")
     if args.found:
         print(f"  pictures           {args.found.partition(' (')[0]}")  # not their checksum
-    if copies and not args.init:  # whose shape is what it is
+    if copies and not args.init:  # --init fixes the shape
         print(f"  plain, as many    --mlp-ratio {cfg.mlp_ratio + wider:.3f}")
     outputs = f"{args.classes} classes" if args.supervised else f"K = {args.prototypes}"
     print(f"  heads             {heads / 1e6:10.3f} M parameters, {outputs}\n"
@@ -1237,7 +1237,7 @@ def bench(args, rank: int, ranks: int) -> None:
     shape = args.batch_size, 3, args.source_size, args.source_size
     img = torch.randint(256, shape, dtype=torch.uint8, generator=draw).to(args.device)
     labels = torch.zeros(len(img), dtype=torch.long, device=args.device)
-    first = 4 + int(args.warmup * args.steps)  # the learning rate's peak, after some for the caches
+    first = 4 + int(args.warmup * args.steps)  # 4 steps for the caches, at the rate's peak
 
     def stepper(args):
         """A function that takes a step with a new network, after some steps that compile and fill
@@ -1256,8 +1256,8 @@ def bench(args, rank: int, ranks: int) -> None:
             take(step)
         return take, student.backbone.config.patch
 
-    # Plain has the scale's own MLP. A wider one may be what is given, to have as many parameters as
-    # a specialised network; then it is compared with plain.
+    # Plain has the scale's own MLP. So if a wider one is given, to have as many parameters as a
+    # specialised network, that is compared with plain.
     usual = {"mlp_ratio": SCALES[args.scale].get("mlp_ratio", 4.0)}
     bare = clsspec.NO_SPEC if args.init else clsspec.PLAIN | usual
     given, patch = stepper(args)
@@ -1399,7 +1399,7 @@ def final_table(args) -> None:
 
 def own_table(args, folder: Folder) -> None:
     """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
-    # Up to 10,000, evenly over the list, which is sorted by class.
+    # Up to 10,000, evenly over the list, which may be sorted by class.
     some = range(0, len(folder), max(len(folder) // 5000, 1))
     rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
     print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
@@ -1423,7 +1423,7 @@ def own_table(args, folder: Folder) -> None:
 
 
 def run(args, rank: int, ranks: int) -> None:
-    """Set up, step after step, and judge; what is printed and written is rank 0's."""
+    """Set up, train and judge. Only rank 0 prints and writes files."""
     start, first_rank, cuda = time.time(), rank == 0, args.device == "cuda"
     say = print if first_rank else lambda *_, **__: None
     eval_dense.check_device(args)
@@ -1446,7 +1446,7 @@ def run(args, rank: int, ranks: int) -> None:
     sorted_out = args.classes > 1 and not (folder and "" in folder.classes)
     need(sorted_out or not args.supervised, f"--supervised: --data {args.data} must be a folder "
          "that has a folder of pictures for each class, two or more, and no pictures beside them")
-    # Only shapes, which take no memory: whether there is enough is not known yet.
+    # Only shapes, without memory (but for --init): whether there is enough is not known yet.
     with torch.device("cpu" if args.init else "meta"):
         shape = Network(args)
     args.precision = shape.precision
@@ -1506,7 +1506,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     cuda = args.device == "cuda"
     n = epoch_size(args, folder, batch)
     done, window, tick = first, [], 0.0
-    # `warned`, `foretold`: whether that has been said, or need not be.
+    # `warned`, `foretold`: that message has been printed, or is not needed.
     cpu, threads, warned = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
     foretold = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
@@ -1515,7 +1515,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     def log(found: dict) -> None:
         """Write a line of means over all ranks and all steps since the last line."""
         nonlocal window, tick, cpu, warned, foretold
-        rows = all_sum(torch.stack(window)).cpu() / ranks  # the only place that waits for a GPU
+        rows = all_sum(torch.stack(window)).cpu() / ranks  # waits for the GPU, as no step does
         kept = out.kept() if out else "as on all ranks"
         check_finite(rows, list(values), done - len(rows) + 1, kept)
         line = {"step": done, "epoch": (done - 1) // (n // batch)}
@@ -1546,7 +1546,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                 "global_batch": batch, "student": student.state_dict(),
                 "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
 
-    # A signal interrupts whatever takes long, but never a step or a save.
+    # A signal interrupts whatever takes long, but not a step or a save, unless it is the second.
     pictures = batches(args, folder, first, rank, ranks)
     try:
         while done < args.steps:
@@ -1588,7 +1588,7 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
                 log({})
             save()
             if ranks > 1:
-                dist.barrier()  # who left earlier would have torchrun end the one that saves
+                dist.barrier()  # if one exits, torchrun ends the one that saves
             stopped.text = f"; step {done} is saved, go on with --resume"
             if not out:
                 sys.exit(128 + stopped.number)  # the first rank says it

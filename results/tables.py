@@ -130,7 +130,7 @@ def difference(group: dict, arm: str, result: str, metric: str) -> dict | None:
 
 
 def about(each: dict[int, float]) -> dict:
-    """{seed: difference} -> analyze.interval, "p" (of there being no difference), and `each`."""
+    """{seed: difference} -> analyze.interval, "p" (a p-value, of no difference), and "each"."""
     d = torch.tensor([*each.values()]).double()
     t = d.mean() / (d.std() / len(d) ** 0.5).clamp(min=1e-12)
     found = analyze.interval(torch.zeros_like(d), d)
@@ -235,7 +235,8 @@ FASTER = 1, 2, 3, 5, 10  # factors on the learning rate of [CLS]'s copies
 
 def slopes(group: dict) -> str:
     """A line for each outcome: what a doubling of the copies' learning rate changes, by a least
-    squares fit over FASTER for each seed, and what each factor changes; means of both depths."""
+    squares fit over FASTER for each seed, and what each changes beside 1 x; means of both depths.
+    """
     rows, x = [], torch.tensor(FASTER).double().log2()
     x -= x.mean()
     for head, (result, metric, digits) in OUTCOMES.items():
@@ -355,7 +356,7 @@ def curve(ax, i: int, x, middle, low, high, label: str) -> None:
 
 def draw_cosines(path: Path, group: dict, arms: list[str]) -> None:
     """The cosine of [CLS] and patches, block by block: means over seeds, and the difference to
-    plain of the same seed with its interval. arms: all but plain."""
+    plain of the same seed with its interval. arms: those that are drawn beside plain."""
     fig, axes = analyze.canvas(2, 2)
     plain = {seed: line["cosine by block"] for seed, line in group["plain"].items()}
     for i, arm in enumerate(["plain", *arms]):

@@ -229,17 +229,15 @@ def attention(step: Step) -> dict[str, Tensor]:
 
 
 def features(step: Step) -> dict[str, Tensor]:
-    """Patches after the final norm (B, N, D), in half precision, and their cosine with [CLS]."""
-    patches = step.final[:, step.first :]
-    cls = step.final[:, :1] if step.cls else torch.full_like(patches[:, :1], math.nan)
+    """Patches after the final norm (B, N, D), in half precision; their cosine with [CLS], (B, N);
+    and [CLS]'s attention weights in each head, (B, H, keys). NaN where there is no [CLS]."""
+    patches, cls = step.final[:, step.first :], step.final[:, :1]
+    looks = step.attention[:, :, 0].float()
+    if not step.cls:
+        cls, looks = torch.full_like(cls, math.nan), torch.full_like(looks, math.nan)
     # Half precision, as features of all blocks and pictures are held at once.
-    return {"patches": patches.half(), "cosine": F.cosine_similarity(patches, cls, dim=-1)}
-
-
-def looks(step: Step) -> dict[str, Tensor]:
-    """[CLS]'s attention weights in each head, (B, H, keys); NaN where there is no [CLS]."""
-    weights = step.attention[:, :, 0].float()
-    return {"weights": weights if step.cls else torch.full_like(weights, math.nan)}
+    return {"patches": patches.half(), "cosine": F.cosine_similarity(patches, cls, dim=-1),
+            "looks": looks}
 
 
 def survey(model: ViT, img: Tensor, keeps, batch: int = 8) -> dict[str, dict]:
@@ -502,11 +500,12 @@ def pca(path: Path, models: list[Tensor], subjects: list[Subject]) -> dict[str, 
     return {s.name: {"share": share} for s, share in zip(subjects, shares)}
 
 
-def maps(path: Path, seen: list[tuple[Tensor, Tensor]], subjects: list[Subject]) -> dict[str, dict]:
-    """Draw where [CLS] looks, and which patches are like one. seen: weights of [CLS] (P, H,
-    keys) and patches (P, N, D) of each model in one block. -> {model: {kind of key: % a head}}."""
+def maps(path: Path, seen: list[dict[str, Tensor]], subjects: list[Subject]) -> dict[str, dict]:
+    """Draw where [CLS] looks, and which patches are like one. seen: what `features` keeps of one
+    block of each model, for P pictures. -> {model: {kind of key: % a head}}."""
     out, rows = {}, {"picture": list(subjects[0].img[:8] / 255)}
-    for s, (weights, patches) in zip(subjects, seen):
+    for s, found in zip(subjects, seen):
+        weights, patches = found["looks"], found["patches"]  # (P, H, keys), (P, N, D)
         c, (h, w) = s.model.config, s.grid
         need(not weights.isnan().any(), f"block {s.args.block} of {s.name} has no [CLS] yet")
         row, column = s.args.patch or (h // 2, w // 2)
@@ -920,8 +919,8 @@ def run(args) -> Path:
     measures = {what: measure for what, measure in MEASURES.items() if what in args.what}
     keeps = {keep for keep, *_ in measures.values()} - {None}
     drawn = {"pca", "maps"} & set(args.what)
-    keeps |= ({features} if drawn else set()) | ({looks} if "maps" in drawn else set())
-    results, patches, weights = defaultdict(dict), [], []
+    keeps |= {features} if drawn else set()
+    results, seen = defaultdict(dict), []
     for s in subjects:
         kept = survey(s.model, s.img, keeps) if keeps else {}
         for what, (keep, numbers, _) in measures.items():
@@ -929,17 +928,15 @@ def run(args) -> Path:
                 results[what][s.name] = numbers(kept[keep.__name__] if keep else {}, s)
             except ValueError as err:  # other measures may still have what they need
                 print(f"{what}: left out of {s.name}, {err}")
-        block = (args.block or s.model.config.depth) - 1
         if drawn:
-            patches.append(kept["features"]["patches"][block])
-        if "maps" in drawn:
-            weights.append(kept["looks"]["weights"][block])
+            block = (args.block or s.model.config.depth) - 1
+            seen.append({name: blocks[block] for name, blocks in kept["features"].items()})
         del kept  # makes room for the next model's
     if "pca" in drawn:  # all models together, so that colours mean the same
-        results["pca"] = pca(out / "pca.png", patches, subjects)
+        results["pca"] = pca(out / "pca.png", [one["patches"] for one in seen], subjects)
     if "maps" in drawn:
         try:
-            results["maps"] = maps(out / "maps.png", list(zip(weights, patches)), subjects)
+            results["maps"] = maps(out / "maps.png", seen, subjects)
         except ValueError as err:
             need(any(results.values()), str(err))  # an error if there is no other result
             print(f"maps: left out, {err}")

@@ -70,9 +70,9 @@ def test_outliers_are_said_in_a_sentence():
 @pytest.mark.parametrize("changes", [{}, dict(registers=2, attn_bias=True), dict(class_attn=1)], ids=str)
 def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path, monkeypatch):
     model, img = vit(**changes).float(), torch.randint(256, (3, 3, 24, 40), dtype=torch.uint8)
-    kept = analyze.survey(model, img, [analyze.looks, analyze.features])
+    kept = analyze.survey(model, img, [analyze.features])["features"]
     one = subject(name="m", img=img, grid=(3, 5), model=model, args=SimpleNamespace(block=3, patch=None))
-    seen = kept["looks"]["weights"][2], kept["features"]["patches"][2]
+    seen = {name: blocks[2] for name, blocks in kept.items()}
     lights, over = [], analyze.over
     monkeypatch.setattr(analyze, "over", lambda img, light: lights.append(light) or over(img, light))
     shares = analyze.maps(tmp_path / "maps.png", [seen], [one])["m"]
@@ -93,7 +93,7 @@ def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path, monkeyp
         analyze.maps(tmp_path / "maps.png", [seen], [one])
     if changes.get("class_attn"):
         with pytest.raises(ValueError, match="block 3 of m has no .CLS. yet"):
-            analyze.maps(tmp_path / "maps.png", [(kept["looks"]["weights"][0], seen[1])], [one])
+            analyze.maps(tmp_path / "maps.png", [seen | {"looks": kept["looks"][0]}], [one])
 
 
 def test_a_survey_keeps_no_more_than_it_says(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_survey_keeps_no_more_than_it_says(monkeypatch):
         return torch.concatenate(tensors, *more, **named)
 
     monkeypatch.setattr(torch, "cat", cat)
-    survey(model, img, [analyze.looks], batch=2)
+    survey(model, img, [analyze.features], batch=2)
     assert spare == [0] * 6  # 3 blocks, 2 batches
 
 

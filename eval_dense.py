@@ -150,14 +150,14 @@ def picture_files(data) -> list[str]:
          f"({', '.join(OPEN)})")
     if at.is_dir():
         files, been = [], set()
-        for folder, inside, names in os.walk(at, followlinks=True):
+        for folder, inside, found in os.walk(at, followlinks=True):
             if os.path.realpath(folder) in been:  # by a link that leads back up, say
                 inside.clear()
                 continue
             been.add(os.path.realpath(folder))
             # Sorted, so that every machine takes the same one of a folder and a link to it.
             inside[:] = sorted(name for name in inside if not name.startswith("."))
-            files += [os.path.join(folder, name) for name in names]
+            files += [os.path.join(folder, name) for name in found]
         files = [file for file in sorted(files) if is_picture(file) and os.path.isfile(file)]
     elif at.suffix.lower() in KINDS:
         files = [str(at)]
@@ -490,17 +490,10 @@ class Pictures(torch.utils.data.Dataset):
     size: int = 0  # with crop and patch: see Protocol
     crop: int = 0
     patch: int = 1
+    middle: bool = False  # on disk: the middle of a picture and its label, no whole one and maps
 
     def __len__(self) -> int:
         return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
-
-    def only(self, *kinds: str) -> "Pictures":
-        """The same with these kinds of labels alone: from disk an item is a whole picture with its
-        maps, or the middle of one with its class. In memory nothing is left out, as items serve
-        both."""
-        keep = {"image", *kinds}
-        rows = [{kind: x for kind, x in row.items() if kind in keep} for row in self.rows]
-        return replace(self, rows=rows)
 
     def batches(self, order, workers: int = 0):
         """Dicts of stacked items. order: lists of numbers, or of (number, u) for crops."""
@@ -516,8 +509,8 @@ class Pictures(torch.utils.data.Dataset):
         i, u = key if isinstance(key, tuple) else (key, None)
         row = self.rows[i]
         # A mask fits the stored pixels, whatever EXIF says, so its picture must not be turned.
-        img = read_picture(row["image"], upright="label" in row)
-        if "label" in row:  # the middle of the picture
+        img = read_picture(row["image"], upright=self.middle)
+        if self.middle:
             side = whole_patches(self.size, self.patch)
             img = TF.resize(img, [side * 8 // 7], antialias=True)  # 256 for 224, as usual
             return {"image": TF.center_crop(img, [side]), "label": row["label"]}
@@ -551,8 +544,8 @@ class Pictures(torch.utils.data.Dataset):
         mask = read_map(file, bits=8)
         if self.ids is not None:
             mask = self.ids[mask.long()]  # (H, W)
-        largest = torch.where(mask == 255, 0, mask).max().item()
-        need(largest < len(self.classes), f"{file} has class {largest}, but the set has only "
+        last = torch.where(mask == 255, 0, mask).max().item()
+        need(last < len(self.classes), f"{file} has class {last}, but the set has only "
              f"{len(self.classes)}, from 0 on; mend the mask or classes.txt")
         return mask
 
@@ -755,8 +748,8 @@ def imagefolder(at: Path, split: str) -> Pictures:
 def imagenette(at: Path, split: str, download: bool = False) -> Pictures:
     """imagenette2-320/ with train/ and val/, from github.com/fastai/imagenette"""
     found = fetched(torchvision.datasets.Imagenette, download, at, split, "320px")
-    names = tuple(names[0] for names in found.classes)  # the first of several words for each
-    return replace(imagefolder(at / "imagenette2-320", split), labels=names)
+    labels = tuple(words[0] for words in found.classes)  # the first of several words for each
+    return replace(imagefolder(at / "imagenette2-320", split), labels=labels)
 
 
 def cifar10(at: Path, split: str, download: bool = False) -> Pictures:
@@ -928,17 +921,15 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
 
-def features(model: ViT, data: Pictures, p: Protocol, dense: bool, workers: int) -> dict:
-    """For all pictures: `whole` (n, 2 D), `label`; if dense also `x` (n, h, w, D), `mask`, `depth`.
-    """
+def features(model: ViT, data: Pictures, p: Protocol, workers: int) -> dict[str, Tensor]:
+    """Of all pictures `whole` (n, 2 D); of their middles with `label`, else with `x` (n, h, w, D)
+    and all that the set has."""
     parts = []
     order = [numbers.tolist() for numbers in torch.arange(len(data)).split(50)]
     for batch in bar(data.batches(order, workers), "frozen features", len(order)):
         x, whole = tokens(model, batch.pop("image"), p)
-        batch["whole"] = whole
-        if dense:
-            batch["x"] = x
-        parts.append({kind: v for kind, v in batch.items() if dense or kind in ("whole", "label")})
+        seen = {"label": batch["label"]} if data.middle else batch | {"x": x}
+        parts.append(seen | {"whole": whole})
     return joined(parts)
 
 
@@ -1262,21 +1253,18 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
     every = torch.arange(len(train))
     held = every % 10 == 0 if several else every < 0  # with one rate there is nothing to choose
     trained = train_heads(model, seen, every[~held], p, workers)
-    # A rate at which one task's head diverged may still suit the other task.
-    sound = {key for key, head in trained.items()
-             if all(weight.isfinite().all() for weight in head.parameters())}
-    loss = {}  # {(rate, task): the smaller the better}
-    for lr in p.lr if several else ():
-        heads = [trained[lr, task] for task in p.dense if (lr, task) in sound]
-        if heads:
-            found = scores(judge(model, heads, train, every[held], p, workers)[0])
-            loss[lr, "seg"], loss[lr, "depth"] = -found.get("miou", 0), found.get("rmse", 0)
     best = {}
     for task in p.dense:
-        rates = [lr for lr in p.lr if (lr, task) in sound]
-        need(rates, f"the {task} heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
-        best_lr = min(rates, key=lambda lr: loss[lr, task]) if several else rates[0]
-        best[task] = best_lr, trained[best_lr, task]
+        # A rate at which one task's head diverged may still suit the other task.
+        heads = {lr: trained[lr, task] for lr in p.lr
+                 if all(weight.isfinite().all() for weight in trained[lr, task].parameters())}
+        need(heads, f"the {task} heads diverged with --lr {','.join(map(str, p.lr))}; lower it")
+        loss = dict.fromkeys(heads, 0.0)  # the smaller the better
+        for lr, head in heads.items() if several else ():
+            found = scores(judge(model, [head], train, every[held], p, workers)[0])
+            loss[lr] = -found["miou"] if task == "seg" else found["rmse"]
+        best_lr = min(loss, key=loss.get)
+        best[task] = best_lr, heads[best_lr]
     return best
 
 
@@ -1305,10 +1293,11 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     need(len(train) > 1 or ("cls" not in p.tasks and len(p.lr) == 1),
          "one training picture is too few to choose a learning rate or a penalty by; give more")
     dense, of_pictures = p.dense, set(p.tasks) - set(DENSE)
-    maps, test_maps = train.only("mask", "depth"), test.only("mask", "depth")
+    # k-NN and linear classes see the middles of pictures.
+    middles, test_middles = (replace(one, middle=True) for one in (train, test))
 
     # 1. Features, computed once if they fit, except those of crops, which differ in each iteration.
-    first = next((maps if dense else train.only("label")).batches([[0]]))
+    first = next((train if dense else middles).batches([[0]]))
     h, w = first.pop("image").shape[-2:]
     bytes_each = 4 * width * (1 + p.cat_cls) * h * w / patch**2
     bytes_each += sum(x.nbytes for x in first.values())  # maps are of the file's size
@@ -1321,20 +1310,20 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
                 f"a batch of {b} pictures of {rows} x {columns} px",
                 "lower --image-size, --crop or --batch-size")
     # The backbone is frozen, so a picture's features are the same in every iteration.
-    of_train = features(model, maps, p, True, workers) if once else {}
+    of_train = features(model, train, p, workers) if once else {}
 
     # 2. Heads on them, then the test set.
     stats, shots, chosen = {"picture": torch.ones(len(test))}, {}, {}
     if dense:
-        seen = replace(maps, memory=of_train) if once else maps
-        best = best_heads(model, maps, seen, p, workers)
+        seen = replace(train, memory=of_train) if once else train
+        best = best_heads(model, train, seen, p, workers)
         chosen = {task: f"lr {lr:g}" for task, (lr, _) in best.items()}
         heads = [head for _, head in best.values()]
-        stats, shots = judge(model, heads, test_maps, torch.arange(len(test)), p, workers, keep)
+        stats, shots = judge(model, heads, test, torch.arange(len(test)), p, workers, keep)
     if of_pictures:
-        if "label" not in of_train:  # Scenes' are there already, see `only`
-            of_train = features(model, train.only("label"), p, False, workers)
-        of_test = features(model, test.only("label"), p, False, workers)
+        if "label" not in of_train:  # Scenes' are there already
+            of_train = features(model, middles, p, workers)
+        of_test = features(model, test_middles, p, workers)
         x, labels, test_x = of_train["whole"], of_train["label"], of_test["whole"]
         classes = len(train.labels)
         if "cls" in p.tasks:
@@ -1474,7 +1463,8 @@ def run(args) -> None:
     changed = changes(args)
     p = replace(PROTOCOLS[args.data], **changed)
     key = f"{args.network} {args.data}"
-    if args.root and args.data in ("pairs", "imagefolder"):
+    own = args.data in ("pairs", "imagefolder")  # of other sets everybody has the same pictures
+    if args.root and own:
         key += f" {Path(args.root).absolute().name}"
     for name, value in changed.items():
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -1489,7 +1479,8 @@ def run(args) -> None:
         file = out / "eval.json"
         with intact(file):
             theirs = read_json(file).get(key, {}).get("root", root)
-        need(theirs == root, f"{file} has '{key}' of {theirs}, another folder of that name, "
+        need(theirs == root or not own, f"{file} has '{key}' of {theirs}, another folder of that "
+             "name, "
              "already; rename one, or move the file away")
         nearest = next(at for at in (out, *out.parents) if at.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),

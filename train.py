@@ -1407,10 +1407,11 @@ def own_table(args, folder: Folder) -> None:
           f"\n{'':18}right, % (higher is better)")
     for name, title in STAGES.items():
         model = clsspec.load(args.out / "last.pt", name).to(args.device)
-        every = eval_dense.Pictures(rows, size=args.image_size, device=torch.device(args.device))
+        every = eval_dense.Pictures(rows, size=args.image_size, middle=True,
+                                    device=torch.device(args.device))
         p = eval_dense.PROTOCOLS["imagefolder"]
         try:
-            found = eval_dense.features(model, every, p, False, args.workers)
+            found = eval_dense.features(model, every, p, args.workers)
         except ValueError as err:  # a file that training had to leave out
             return print(f"no table of them: {str(err).strip().splitlines()[-1]}")
         x, label = found["whole"][:, : model.config.width], found["label"]

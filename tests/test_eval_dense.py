@@ -713,11 +713,13 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
             for i in range(n):
                 save_map(tmp_path / f"{split}/c{c}/{i}.jpg", 100 * c + 50, "RGB", (40, 30 + i))
     first, _ = opened("imagefolder", tmp_path, image_size=16)
-    assert first[0]["image"].shape == (3, 16, 16) and first.labels == ("c0", "c1") and len(first) == 40
+    middle = replace(first, middle=True)[0]
+    assert middle["image"].shape == (3, 16, 16) and first.labels == ("c0", "c1") and len(first) == 40
     p = replace(PROTOCOLS["imagefolder"], image_size=16)
     result = eval_dense.evaluate(Oracle(), "imagefolder", str(tmp_path), p)[0]
     assert result["linear"] == 100 and result["knn"] == 100 and "miou" not in result
-    assert opened("imagefolder", tmp_path, image_size=18)[0][0]["image"].shape == (3, 16, 16)  # whole patches
+    odd, _ = opened("imagefolder", tmp_path, image_size=18)
+    assert replace(odd, middle=True)[0]["image"].shape == (3, 16, 16)  # whole patches
     with pytest.raises(ValueError, match="--image-size 0: imagefolder cuts pictures to one side"):
         opened("imagefolder", tmp_path)
     (tmp_path / "val/c1").rename(tmp_path / "val/c2")
@@ -728,9 +730,10 @@ def test_imagefolder_and_its_two_tasks(tmp_path):
 def test_pets_have_maps_and_breeds(fetched_sets):
     first, test = opened("pets", fetched_sets, image_size=16)
     assert first.classes == ("background", "pet") and first.labels == test.labels == ("Abyssinian", "Great Pyrenees")
-    item = first.only("mask", "depth")[0]
+    item = first[0]
+    assert "label" not in item
     assert item["mask"][0].unique().tolist() == [255] and item["mask"][8].tolist() == 8 * [1] + 16 * [0]  # border; pet, background
-    item = first.only("label")[1]
+    item = replace(first, middle=True)[1]
     assert item.keys() == {"image", "label"} and item["image"].shape == (3, 16, 16) and item["label"] == 1
     p = replace(PROTOCOLS["pets"], image_size=16, crop=16, iterations=100, batch_size=8)
     result = eval_dense.evaluate(Oracle(), "pets", str(fetched_sets), p)[0]
@@ -745,7 +748,7 @@ def test_pets_have_maps_and_breeds(fetched_sets):
                                           ("cifar10", ("dark", "bright"))])
 def test_sets_of_labelled_pictures(fetched_sets, data, labels):
     first, test = opened(data, fetched_sets, image_size=16)
-    assert first.labels == test.labels == labels and first[0]["image"].shape == (3, 16, 16)
+    assert first.labels == test.labels == labels and replace(first, middle=True)[0]["image"].shape == (3, 16, 16)
     result = eval_dense.evaluate(Oracle(), data, str(fetched_sets), replace(PROTOCOLS[data], image_size=16))[0]
     assert result["linear"] == result["knn"] == 100 and "miou" not in result
 
@@ -1027,6 +1030,16 @@ def test_results_of_two_folders_of_one_name_are_told_apart(tmp_path, runs, monke
     monkeypatch.chdir(tmp_path / "here/set")
     eval_dense.main([*flags, "."])  # the same one
     assert json.loads((tmp_path / "a/eval.json").read_text()).keys() == json.loads(before).keys()
+
+
+def test_a_set_that_everybody_has_may_move(tmp_path, runs, fetched_sets):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    for name in ("here", "there"):
+        (tmp_path / name).symlink_to(fetched_sets, target_is_directory=True)
+        eval_dense.main([str(tmp_path / "a"), "--data", "pets", "--tasks", "knn", "--image-size", "16",
+                         "--workers", "0", "--root", str(tmp_path / name)])
+    found = json.loads((tmp_path / "a/eval.json").read_text())
+    assert [result["root"] for key, result in found.items() if "pets" in key] == [str(tmp_path / "there")]
 
 
 def test_a_batch_of_a_single_patch_is_refused(tmp_path):

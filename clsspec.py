@@ -714,7 +714,8 @@ def load(path, network: str = "teacher") -> ViT:
     # Outside the try: a missing file `init` is no fault of this one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = start(cfg, init).eval()
+        spec = {name: getattr(cfg, name) for name in NO_SPEC}
+        model = (start(init, cfg.drop_path, spec) if init else ViT(cfg)).eval()
     model.origin = described(model) + "; untrained, as at step 0"
     return model
 
@@ -735,17 +736,18 @@ def described(model: ViT) -> str:
     return ", ".join(parts)
 
 
-def start(cfg: Config, init: str | None = None) -> ViT:
-    """A network at step 0: a new one; or, if a file `init` is given, one with its shape and weights
-    (the teacher's), and with drop_path and the specialisation of cfg. ValueError: the file's
-    network is specialised in another way."""
-    if not init:
-        return ViT(cfg)
+def start(init, drop_path: float, spec: dict) -> ViT:
+    """A network at step 0 that has the shape and weights (the teacher's) of a file, this drop_path,
+    and the specialisation `spec`, the fields of NO_SPEC; where that names no component, the file's
+    own. ValueError: the file's network is specialised in another way."""
     with torch.random.fork_rng(devices=[]):  # so that the heads, drawn later, stay the same
         given = load(init)
-        model = ViT(replace(given.config, drop_path=cfg.drop_path))
+        model = ViT(replace(given.config, drop_path=drop_path))
         model.load_state_dict(given.state_dict())
         model.origin = given.origin
+        if given.config.spec and not spec["spec"]:
+            return model
+        cfg = checked(replace(given.config, **spec))
         has, wanted = ([getattr(c, name) for name in NO_SPEC] for c in (given.config, cfg))
         if has == wanted:
             return model

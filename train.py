@@ -91,7 +91,7 @@ RECIPES = {
     # DeiT-III, 800 epochs of ImageNet-1k at batch 2048; drop path .05 (S), .2 (B), .45 (L).
     # It uses LAMB at 3e-3; the rate here is DeiT's (arXiv 2012.12877) for AdamW.
     "deit3": dict(
-        supervised=True, ibot=0.0, koleo=0.0, lr=5e-4, lr_batch=512, lr_scaling="linear",
+        supervised=True, lr=5e-4, lr_batch=512, lr_scaling="linear",
         wd=0.05, wd_end=0.05, warmup=5 / 800, clip=1.0, ema=0.99996, ema_end=0.99996,
         global_scale=(0.08, 1.0), drop_path=0.45, layerscale=1e-4, steps=500_000),
 }
@@ -261,8 +261,9 @@ def parse(argv) -> argparse.Namespace:
     scale = chosen.scale or ("small" if chosen.device == "cuda" else "nano")
     p.set_defaults(scale=scale)
     p.set_defaults(**RECIPES[chosen.recipe] | SCALES[scale])
-    if scale == "nano" and (chosen.supervised or chosen.recipe == "deit3"):
-        p.set_defaults(**LABELS_AT_NANO)
+    if chosen.supervised or chosen.recipe == "deit3":  # one view a picture, and one loss
+        p.set_defaults(local_crops=0, ibot=0.0, koleo=0.0)
+        p.set_defaults(**LABELS_AT_NANO if scale == "nano" else {})
     if chosen.init:  # the backbone is trained, the heads are not; trials: results/STUDY.md
         p.set_defaults(lr=1e-4, head_lr=10.0)
     args = p.parse_args(argv)
@@ -285,12 +286,10 @@ def parse(argv) -> argparse.Namespace:
         if getattr(args, name) != p.get_default(name):
             p.error(f"argument --{name.replace('_', '-')}: --init has a shape; leave this out")
         setattr(args, name, None)  # the scale's shape is not this network's
-    if args.supervised:  # one view a picture, and one loss
-        for name in ("ibot", "koleo", "local_crops"):
-            if getattr(args, name) not in (0, p.get_default(name)):
-                p.error(f"argument --{name.replace('_', '-')}: --supervised has one view a picture "
-                        "and one loss, of labels; leave this out")
-        args.local_crops, args.ibot, args.koleo = 0, 0.0, 0.0
+    for name in ("ibot", "koleo", "local_crops") if args.supervised else ():
+        if getattr(args, name):
+            p.error(f"argument --{name.replace('_', '-')}: --supervised has one view a picture and "
+                    "one loss, of labels; leave this out")
     try:
         given = eval_dense.names(args.spec) if args.spec else ()
     except argparse.ArgumentTypeError as err:
@@ -767,17 +766,12 @@ class Network(nn.Module):
         super().__init__()
         spec = {k: getattr(args, k) for k in SPEC}
         if args.init:
-            # The numbers that `load` draws must not change the heads': `untrained` is made again
-            # from the seed alone.
-            with torch.random.fork_rng(devices=[]):
-                given = clsspec.load(args.init).config
-            spec = {} if given.spec and not args.spec else spec  # keep what it has
-            cfg = clsspec.checked(replace(given, drop_path=args.drop_path, **spec))
+            self.backbone = clsspec.start(args.init, args.drop_path, spec)
         else:
             shape = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
-            cfg = clsspec.config(**shape, **spec, image_size=args.image_size,
-                                 drop_path=args.drop_path)
-        self.backbone = clsspec.start(cfg, args.init)
+            self.backbone = clsspec.ViT(clsspec.config(
+                **shape, **spec, image_size=args.image_size, drop_path=args.drop_path))
+        cfg = self.backbone.config
         self.backbone.checkpointing = args.checkpointing
         # DistributedDataParallel would wait for the gradient of a token that no loss reaches.
         self.backbone.mask_token.requires_grad = args.ibot > 0
@@ -1134,19 +1128,16 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
               "optimizer": dict}
     need(all(isinstance(state.get(key), kind) for key, kind in wanted.items()),
          f"--resume: {path} is not a checkpoint of train.py; correct --out")
-    theirs, step = state["args"], state["step"]
-    ours = as_json(args)
+    theirs = state["args"] | {"global_batch": state["global_batch"]}
+    ours, step = as_json(args) | {"global_batch": args.batch_size * ranks}, state["step"]
     differ = {name for name in ours.keys() - MAY_DIFFER
               if theirs.get(name, ours[name]) != ours[name]}
     if ours["found"] and ours["found"] == theirs.get("found"):
         differ -= {"data", "root"}  # the same pictures in another place
     flag = {name: f"--{name.replace('_', '-')}" for name in differ}
-    flag |= {"found": "--data with", "classes": "classes:"}
+    flag |= {"found": "--data with", "classes": "classes:",
+             "global_batch": "a global batch (--batch-size x processes) of"}
     odd = [f"{flag[name]} {theirs[name]} (now {ours[name]})" for name in sorted(differ)]
-    batch, here = state["global_batch"], args.batch_size * ranks
-    if batch != here:
-        odd.append(f"a global batch of {batch} pictures (now {here} = --batch-size "
-                   f"{args.batch_size} x {ranks})")
     need(not odd, f"--resume: {path} is of another run: it has {', '.join(odd)}; give its flags, "
          "or another --out")
     need(step <= args.steps, f"--resume: {path} is at step {step}, beyond --steps {args.steps}")
@@ -1159,7 +1150,7 @@ def resume(args, student: Network, teacher: Network, optimizer, ranks: int) -> t
         raise ValueError(f"--resume: {path} is not a checkpoint of this run ({why})") from None
     odd = clsspec.not_finite(state["student"]) or clsspec.not_finite(state["teacher"])
     need(not odd, f"--resume: {odd} in {path} is not finite; start anew with a lower --lr")
-    return step, theirs.get("steps", args.steps)
+    return step, theirs["steps"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1507,15 +1498,14 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
     cuda = args.device == "cuda"
     n = epoch_size(args, folder, batch)
     done, window, tick = first, [], 0.0
-    # `warned`, `foretold`: that message has been printed, or is not needed.
+    # warned: the message on other programs has been printed, or is not needed.
     cpu, threads, warned = 0.0, torch.get_num_threads(), args.device != "cpu" or folder is not None
-    foretold = args.supervised or args.steps - first < 200
     progress = tqdm(total=args.steps, initial=first, unit="step", disable=out is None,
                     dynamic_ncols=True, mininterval=eval_dense.REDRAW)
 
     def log(found: dict) -> None:
         """Write a line of means over all ranks and all steps since the last line."""
-        nonlocal window, tick, cpu, warned, foretold
+        nonlocal window, tick, cpu, warned
         rows = all_sum(torch.stack(window)).cpu() / ranks  # waits for the GPU, as no step does
         kept = out.kept() if out else "as on all ranks"
         check_finite(rows, list(values), done - len(rows) + 1, kept)
@@ -1527,8 +1517,9 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
         progress.set_postfix_str(f"{shown} {line[shown]:.3f}, {line['img_per_s']:.0f} img/s")
         if out:
             out.log(line)
-        if out and not foretold and done - first >= 100:
-            foretold, left = True, (args.steps - done) * batch / line["img_per_s"] / 60
+        hundredth = done - len(rows) < first + 100 <= done  # it is among this line's steps
+        if out and hundredth and not args.supervised and args.steps - first >= 200:
+            left = (args.steps - done) * batch / line["img_per_s"] / 60
             knows = f"{line['dino']:.2f}; knowing nothing it is {math.log(args.prototypes):.2f}"
             progress.write(f"step {done}: `dino`, how badly one crop's [CLS] foretells another's, "
                            f"is {knows}. About {left:.0f} minutes to go")
@@ -1567,17 +1558,16 @@ def loop(args, folder, out: RunFolder | None, student, teacher, optimizer, first
             saving = done == args.steps or done % args.save_every == 0
             if cuda and probing:
                 torch.cuda.synchronize()  # steps still under way count as training
-            began = time.time(), time.process_time()
+            began = time.time()
             found = probe(teacher.backbone) if out and probing else {}
-            # Neither probing nor saving counts in img_per_s, which is of training.
-            tick, cpu = tick + time.time() - began[0], cpu + time.process_time() - began[1]
+            tick += time.time() - began  # neither probes nor saves count in img_per_s
             with signals.held():
                 # Logging comes first: it finds what is not finite before that could be saved.
                 if logging or probing or saving:
                     log(found)
                 if saving:
                     save()
-                    tick, cpu = time.time(), time.process_time()
+                    tick = time.time()
             if ranks > 1 and logging:  # ranks agree on whether to stop
                 came = torch.tensor(float(signals.came), device=args.device)
                 if all_sum(came).item():

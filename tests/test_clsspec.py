@@ -887,14 +887,12 @@ def test_networks_of_a_checkpoint(tmp_path):
 def test_a_start_has_the_specialisation_that_is_asked_for(tmp_path):
     _, state, _ = layouts()["DINOv2"]
     torch.save(state, tmp_path / "w.pth")
-    cfg = clsspec.replace(clsspec.load(tmp_path / "w.pth").config, spec=("norms", "qkv"),
-                          spec_blocks=2, spec_where="last",
-                          spec_rank=3, drop_path=0.25)
-    model = clsspec.start(clsspec.checked(cfg), tmp_path / "w.pth")
-    assert model.config == cfg and model.blocks[0].drop_path == 0.25
+    spec = clsspec.NO_SPEC | dict(spec=("norms", "qkv"), spec_blocks=2, spec_where="last", spec_rank=3)
+    model = clsspec.start(tmp_path / "w.pth", 0.25, spec)
+    assert model.config == clsspec.replace(clsspec.load(tmp_path / "w.pth").config, drop_path=0.25, **spec)
+    assert model.blocks[0].drop_path == 0.25
     assert [isinstance(b.attn.qkv, clsspec.Specialised) for b in model.blocks] == [False, True, True]
-    assert clsspec.start(clsspec.replace(cfg, spec=(), spec_rank=0, spec_blocks=0,
-                                         spec_where="first"), tmp_path / "w.pth").config.spec == ()
+    assert clsspec.start(tmp_path / "w.pth", 0.25, clsspec.NO_SPEC).config.spec == ()
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

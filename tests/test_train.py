@@ -1030,13 +1030,21 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     assert set(listing(tmp_path / "a")) == {"config.json", "log.jsonl", "last.pt"}
 
 
+@pytest.mark.parametrize("flags", [["--recipe", "deit3"], ["--supervised"]], ids=str)
+def test_help_shows_that_labels_need_one_view_and_no_other_loss(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([*flags, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "local views a picture; 0 to 64 (default: 0)" in shown and "weight of KoLeo; 0 to 1000 (default: 0.0)" in shown
+
+
 def test_what_makes_a_run_is_its_global_batch(tmp_path):
     run(tmp_path / "a", "--steps", 2, "--batch-size", 4)
     flags = [*QUICK, "--out", tmp_path / "a", "--steps", 3, "--resume"]
     script(*flags, "--batch-size", 2, ranks=2)
     assert [line["step"] for line in logged(tmp_path / "a")] == [1, 2, 3]
     message = error("--out", tmp_path / "a", "--steps", 4, "--resume", "--batch-size", 8)
-    assert "a global batch of 4 pictures (now 8 = --batch-size 8 x 1)" in message
+    assert "a global batch (--batch-size x processes) of 4 (now 8)" in message
     run(tmp_path / "a", "--steps", 4, "--resume", "--batch-size", 4)
 
 

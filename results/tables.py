@@ -316,8 +316,10 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
                 continue
             for seed, each in d["each"].items():
                 dots.setdefault(seed, []).append((i + beside, each))
-            bar = ([d["low"], d["high"]], [i, i], "k_-" if steps else "k|-")
-            for x, y, how in (bar, ([d["difference"]], [i], "ko")):
+            marks = [([d["difference"]], [i], "ko")]
+            if d["n"] > 2:  # that of two would be far wider than all else
+                marks.append(([d["low"], d["high"]], [i, i], "k_-" if steps else "k|-"))
+            for x, y, how in marks:
                 ax.plot(*((y, x) if steps else (x, y)), how)
         for found in dots.values():
             at, each = zip(*found)

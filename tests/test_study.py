@@ -467,6 +467,7 @@ TABLES = [  # of STUDY.md: trained on, seeds, arms
     ("scenes", study.CLAIM, "best"),
     ("scenes", study.CLAIM[:6], "plain plain-x4 qkv4-x4 best-x4"),
     ("scenes", study.CLAIM[:6], "dino-x4 dino-best-x4 dino-entmax-x4"),
+    ("scenes", study.CLAIM[:6], "plain-x16 best-x16"),
     ("scenes", study.CLAIM[:6], "plain entmax plain-half entmax-half plain-double entmax-double"),
     ("tiny", study.CLAIM[:6], "- plain qkv8 best"),
     ("scenes", study.CLAIM[:3], "- tiny-width-third tiny-width-best-third tiny-width tiny-width-best")]

@@ -317,7 +317,7 @@ def draw_effects(path: Path, group: dict, arms: dict[str, str], steps: bool = Fa
             for seed, each in d["each"].items():
                 dots.setdefault(seed, []).append((i + beside, each))
             marks = [([d["difference"]], [i], "ko")]
-            if d["n"] > 2:  # that of two would be far wider than all else
+            if d["n"] > 2:  # that of two is too wide to say much
                 marks.append(([d["low"], d["high"]], [i, i], "k_-" if steps else "k|-"))
             for x, y, how in marks:
                 ax.plot(*((y, x) if steps else (x, y)), how)

@@ -602,7 +602,8 @@ def read(path) -> dict:
     """What torch.save or safetensors put into a file, on the CPU. No code in the file is ever run.
     ValueError: which file, what is wrong, what to do."""
     path = weights_file(path)
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+    hub = named and not path.parent.exists()  # in a folder that is there, it is a slip in the name
     more = f"; a model of the Hugging Face Hub? hf download {path} --local-dir {path.name}, then " \
            f"give {path.name}" if hub else ""
     need(path.is_file(), f"no checkpoint at {path}; train one with: python train.py{more}")

@@ -799,6 +799,9 @@ def test_the_file_in_a_folder_and_a_hub_name(tmp_path, monkeypatch):
         clsspec.load("facebook/dinov2-small")
     with pytest.raises(ValueError, match="train.py$"):
         clsspec.load("runs/a/last.pt")
+    Path("runs").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint at runs/plan; train one with: python train.py$"):
+        clsspec.load("runs/plan")
 
 
 def test_a_saved_network_comes_back(tmp_path):

@@ -474,6 +474,7 @@ def stack(items: list[dict]) -> dict[str, Tensor]:
 class Pictures(torch.utils.data.Dataset):
     """One split of a data set, on disk (`rows`) or in `memory`. An item is a dict of what the set
     has: image uint8 (3, H, W), mask uint8 (H, W), depth float (H, W), metres, 0: none; label int.
+    From a disk it is a whole picture with its maps, or with `middle` the middle with its label.
     """
 
     rows: list[dict] = ()  # paths `image`, `mask`, `depth`, an int `label`
@@ -490,7 +491,7 @@ class Pictures(torch.utils.data.Dataset):
     size: int = 0  # with crop and patch: see Protocol
     crop: int = 0
     patch: int = 1
-    middle: bool = False  # on disk: the middle of a picture and its label, no whole one and maps
+    middle: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.memory.values()))) if self.memory else len(self.rows)
@@ -1480,8 +1481,7 @@ def run(args) -> None:
         with intact(file):
             theirs = read_json(file).get(key, {}).get("root", root)
         need(theirs == root or not own, f"{file} has '{key}' of {theirs}, another folder of that "
-             "name, "
-             "already; rename one, or move the file away")
+             "name, already; rename one, or move the file away")
         nearest = next(at for at in (out, *out.parents) if at.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"{out} cannot be written to, and results would go there")

@@ -42,9 +42,7 @@ degradation  The teacher's online probe in log.jsonl: each metric over steps, it
              and what was lost since the best, in its unit. (P2, dense degradation)
 pca          A column for each picture, a row for each model: three principal components of the last
              block's (or --block's) patches as RGB, fitted to all --pictures, in the order and with
-             the signs that fit the first model's best. --foreground: fitted to the patches on one
-             side of 0 of the first component, the one that is rarer at the border than inside;
-             others are black. `share`: % of the variance. (P1, P2)
+             the signs that fit the first model's best. `share`: % of the variance. (P1, P2)
 maps         A column for each picture. For each model and head of --block: where [CLS] looks, each
              patch as bright as its weight, brightest the head's largest on that picture; the table
              says how much weight is on patches, on [CLS] itself, registers and bias. Then how much
@@ -333,14 +331,13 @@ def auc(score: Tensor, truth: Tensor) -> float:
     return ((a > b).double() + (a == b).double() / 2).mean().item()
 
 
-def components(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, list[float]]:
-    """The first k principal components (P, N, k) of features (P, N, D), fitted to all patches or to
-    those in keep (P, N); and the % of the variance that each has."""
-    x = x.double()
-    fitted = x.flatten(0, 1) if keep is None else x[keep]
-    x, fitted = x - fitted.mean(0), fitted - fitted.mean(0)  # so 0 is the mean of what is fitted
+def components(x: Tensor, k: int) -> tuple[Tensor, list[float]]:
+    """The first k principal components (P, N, k) of features (P, N, D), fitted to all patches; and
+    the % of the variance that each has."""
+    x = x.double() - x.double().mean((0, 1))
+    patches = x.flatten(0, 1)
     # The D x D matrix has the same axes as the one of patches by dimensions, and is far smaller.
-    size, axes = torch.linalg.eigh(fitted.T @ fitted)  # from the smallest to the largest
+    size, axes = torch.linalg.eigh(patches.T @ patches)  # from the smallest to the largest
     return x @ axes.flip(1)[:, :k], (100 * size.flip(0)[:k] / size.sum()).tolist()
 
 
@@ -452,25 +449,13 @@ def level(value) -> float:
 # PCA: features as colours.
 
 
-def inner_side(x: Tensor, h: int) -> Tensor:
-    """Features (P, h w, D) -> (P, h w) bool: the side of the first component that is rarer at the
-    border of the pictures than inside."""
-    # Which side objects are on is arbitrary, but they are mostly in the middle.
-    positive = rearrange(components(x, 1)[0], "p (h w) 1 -> p h w", h=h) > 0
-    inner = positive[:, 1:-1, 1:-1].double().mean()
-    return (positive == (inner > positive.double().mean())).flatten(1)
-
-
-def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], list[list[float]]]:
+def rgb(models: list[Tensor], grids: list) -> tuple[list[Tensor], list[list[float]]]:
     """Features (P, N, D) of the same P pictures by several models -> three principal components of
-    each as colours (P, 3, h, w) in [0, 1]; and their shares of the variance, %.
-    front: only of the foreground; the rest is black."""
+    each as colours (P, 3, h, w) in [0, 1]; and their shares of the variance, %."""
     colours, shares, like = [], [], None
     for x, (h, w) in zip(models, grids):
-        keep = inner_side(x, h) if front else torch.ones(x.shape[:2], dtype=torch.bool)
-        pc, share = components(x, 3, keep)
+        pc, share = components(x, 3)
         pc = rearrange(pc, "p (h w) c -> c p h w", h=h)
-        keep = keep.view(len(x), h, w)
         if like is None:  # the first model's signs: the longer tail is bright
             like = pc * (pc**3).sum((1, 2, 3), keepdim=True).sign()
         # Order and sign of components are arbitrary: take those that fit the first model's best.
@@ -481,9 +466,9 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
         order = list(max(fits, key=fits.get))
         pc = pc[order] * cosine[range(3), order].sign()[:, None, None, None]
         # Cut off at the outermost hundredths, as a few extreme patches would make all others grey.
-        ends = pc[:, keep].quantile(torch.tensor([0.01, 0.99]).double(), dim=1)  # (2, 3)
+        ends = pc.flatten(1).quantile(torch.tensor([0.01, 0.99]).double(), dim=1)  # (2, 3)
         low, high = ends[..., None, None, None]
-        colour = ((pc - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * keep
+        colour = ((pc - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
         colours.append(rearrange(colour, "c p h w -> p c h w").float())
         shares.append([share[i] for i in order])
     return colours, shares
@@ -491,7 +476,7 @@ def rgb(models: list[Tensor], grids: list, front: bool) -> tuple[list[Tensor], l
 
 def pca(path: Path, models: list[Tensor], subjects: list[Subject]) -> dict[str, dict]:
     """Draw the components of each model's features (P, N, D) -> {model: shares of the variance}."""
-    colours, shares = rgb(models, [s.grid for s in subjects], subjects[0].args.foreground)
+    colours, shares = rgb(models, [s.grid for s in subjects])
     rows = {"picture": list(subjects[0].img[:8] / 255)}  # at most eight pictures on a sheet
     for s, colour in zip(subjects, colours):
         title = " ".join(textwrap.wrap(s.name, 14))  # what fits into the margin
@@ -885,8 +870,6 @@ def key_of(what: str, args) -> str:
         words.append(f"image_size={args.image_size}")
     if what == "foreground" and args.background:
         words.append(f"background={','.join(map(str, args.background))}")
-    if what == "pca" and args.foreground:
-        words.append("foreground")
     if what in ("pca", "maps") and args.block:
         words.append(f"block={args.block}")
     return " ".join(words)
@@ -908,8 +891,7 @@ def run(args) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for folder in {out, *homes.values()}:
         read_json(folder / "analysis.json")  # so that a damaged one is found before hours of work
-    how = {name: getattr(args, name) for name in
-           ("data", "root", "network", "device", "foreground")}
+    how = {name: getattr(args, name) for name in ("data", "root", "network", "device")}
     how["pictures"] = {s.name: len(s.img) for s in subjects}
     how["pixels"] = {s.name: s.img.shape[-1] for s in subjects}
     how["grids"] = {s.name: s.grid for s in subjects}
@@ -1005,7 +987,6 @@ def parse(argv) -> argparse.Namespace:
                    "first; default: the last")
     g.add_argument("--patch", type=place, metavar="ROW,COLUMN", help="maps: the patch that others "
                    "are compared with, from 0 on; default: the middle")
-    g.add_argument("--foreground", action="store_true", help="pca: of the foreground alone")
     g = p.add_argument_group("machine and output")
     g.add_argument("--device", default="cuda" if cuda else "cpu", choices=eval_dense.DEVICES,
                    help="CUDA_VISIBLE_DEVICES says which (default: %(default)s)")

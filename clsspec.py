@@ -620,8 +620,8 @@ def read(path) -> dict:
         wrong = "to open it would run code from it, or it is no such file"
     except Exception as err:  # whatever torch makes of a damaged file
         wrong = f"damaged or of another kind: {type(err).__name__}"
-    need(not wrong, f"{path} is no checkpoint that torch can load ({wrong}); save weights with "
-         "torch.save(model.state_dict(), path)")
+    need(not wrong, f"{path} is no checkpoint that torch can load ({wrong}); take a whole "
+         "copy of it, or save weights with torch.save(model.state_dict(), path)")
     return state
 
 
@@ -674,7 +674,8 @@ def check_weights(state: dict, name: str) -> None:
 
 
 def save(model: ViT, path) -> None:
-    """Write a ViT, specialised or not, to a file that `load` and all commands read."""
+    """Write a ViT, specialised or not, to a file that `load` and all commands read. (A state dict
+    alone does not say how its network attends: `load` would take it for softmax in all blocks.)"""
     torch.save({"model": asdict(model.config), "weights": model.state_dict()}, path)
 
 

@@ -262,6 +262,13 @@ def write(file: Path, text: str) -> None:
                          "free some space, or choose a folder that can be written to") from None
 
 
+def need_writable(folder: Path) -> None:
+    """ValueError if results could not be written there, before hours of work."""
+    nearest = next(at for at in (folder, *folder.parents) if at.exists())
+    need(nearest.is_dir() and os.access(nearest, os.W_OK), f"{folder} cannot be written to, or is "
+         "no folder, and results would go there; give another")
+
+
 def record(file: Path, key: str, result: dict) -> None:
     """Put a result into a JSON file under this key; other keys stay."""
     write(file, json.dumps(read_json(file) | {key: strict(result)}, indent=1, allow_nan=False))
@@ -350,11 +357,13 @@ signals = Signals()
 
 def patient(worker: int) -> None:
     """Run in processes that read files. A terminal's or a scheduler's signals reach them too, but
-    the main process ends them, once it has saved; if it does not, they end half a minute later."""
+    the main process ends them, once it has saved; if it does not, they end half a minute later,
+    without an error, which would interrupt a step of the main process that takes longer."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
@@ -630,9 +639,6 @@ def pairs(at: Path, split: str, unit: float = 1e-3, max_depth: float = 0.0) -> P
         file = at / "classes.txt"
         numbers = tuple(str(i) for i in range(last + 1))
         found.classes = class_names(file) if file.exists() else numbers
-        if split == "val":
-            for file in (at / "masks/val").glob("[!.]*.png"):
-                found.mask(file)  # other classes are refused now, before training
     return found
 
 
@@ -785,6 +791,11 @@ def open_split(data: str, root: str, split: str, download: bool = False, **optio
     if missing:
         raise ValueError(f"{len(missing)} of {len(files)} files are missing, as {missing[0]}; "
                          f"{wanted}")
+    if data == "pairs" and split == "val":  # read whole, as what people made may have faults
+        items = map(found.__getitem__, range(len(found)))
+        deep = [bool(item["depth"].any()) for item in items if "depth" in item]
+        need(any(deep) or not deep, f"no file in {at / 'depth/val'} has a depth of at most "
+             f"{found.max_depth:g} m; correct --unit or --max-depth")
     return found
 
 
@@ -1269,6 +1280,11 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
     return best
 
 
+def check_layers(p: Protocol, depth: int, whose: str = "here") -> None:
+    need(max(p.layers, default=1) <= depth, f"--layers {','.join(map(str, p.layers))} is outside 1 "
+         f"to {depth}, the depth {whose}")
+
+
 def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | None = None,
              workers: int = 0, keep: int = 0, cache_gib: float = 4.0,
              download: bool = False) -> tuple[dict, dict, dict]:
@@ -1277,11 +1293,9 @@ def evaluate(model: ViT, data: str = "scenes", root: str = "", p: Protocol | Non
     Returns the result (metrics, IoU per class in %, protocol, seconds), the numbers of each test
     picture, and `keep` pictures with truth and prediction. Features of whole pictures are computed
     once if they take no more than cache_gib. ValueError: what is wrong with data or protocol."""
-    start, p = time.time(), p or PROTOCOLS[data]
-    depth, patch = model.config.depth, model.config.patch
+    start, p, patch = time.time(), p or PROTOCOLS[data], model.config.patch
     width = model.config.width * max(len(p.layers), 1)
-    need(max(p.layers, default=1) <= depth,
-         f"--layers {','.join(map(str, p.layers))} is outside 1 to {depth}, the depth here")
+    check_layers(p, model.config.depth)
     p = replace(p, crop=p.crop and whole_patches(p.crop, patch),
                 window=p.window and whole_patches(p.window, patch))
     train, test = open_set(data, root, p, patch, next(model.parameters()).device, download)
@@ -1473,6 +1487,8 @@ def run(args) -> None:
     paths = [clsspec.weights_file(name) for name in args.runs]
     written = list(map(modified, paths))
     models = [clsspec.load(path, args.network) for path in paths]  # all first: one may be missing
+    for name, model in zip(args.runs, models):
+        check_layers(p, model.config.depth, f"of {name}")
     homes = [home(path) for path in paths]
     root = os.path.abspath(args.root) if args.root else ""
     for out in homes:  # checked before hours of work
@@ -1482,9 +1498,7 @@ def run(args) -> None:
             theirs = read_json(file).get(key, {}).get("root", root)
         need(theirs == root or not own, f"{file} has '{key}' of {theirs}, another folder of that "
              "name, already; rename one, or move the file away")
-        nearest = next(at for at in (out, *out.parents) if at.exists())
-        need(nearest.is_dir() and os.access(nearest, os.W_OK),
-             f"{out} cannot be written to, and results would go there")
+        need_writable(out)
     first = size = None
     for name, path, model, then in zip(args.runs, paths, models, written):
         result, stats, shots = evaluate(model.to(args.device), args.data, args.root, p,

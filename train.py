@@ -67,7 +67,8 @@ from tqdm import tqdm
 import clsspec
 import eval_dense
 from clsspec import need, normalise, whole_patches
-from eval_dense import Stopped, bar, from_disk, need_memory, one_line, signals, within
+from eval_dense import (Stopped, bar, from_disk, need_memory, need_writable, one_line, signals,
+                        within)
 from scenes import Scenes
 
 # --------------------------------------------------------------------------------------------------
@@ -189,9 +190,9 @@ FLAGS = {
         ("separate-head", True, None, "patches have a head of their own"),
         ("mask-share", 0.5, (0.0, 1.0), "share of global views that get a mask"),
         ("mask-ratio", (0.1, 0.5), (0.0, 1.0), "share of patches hidden in those"),
-        ("student-temp", 0.1, (1e-3, 10.0), "temperature of the student's softmax"),
-        ("temp-start", 0.04, (1e-3, 10.0), "temperature of the teacher's softmax at first"),
-        ("temp-end", 0.07, (1e-3, 10.0), "... and after its warm-up"),
+        ("student-temp", 0.1, (0.01, 10.0), "temperature of the student's softmax"),
+        ("temp-start", 0.04, (0.01, 10.0), "temperature of the teacher's softmax at first"),
+        ("temp-end", 0.07, (0.01, 10.0), "... and after its warm-up"),
         ("temp-warmup", 0.06, (0.0, 1.0), "share of the steps until then")],
     "optimisation": [
         ("steps", 1000, (1, MANY), "optimiser steps"),
@@ -272,7 +273,7 @@ def parse(argv) -> argparse.Namespace:
         value = getattr(args, name.replace("-", "_"))
         if isinstance(default, tuple) and value[0] > value[1]:
             p.error(f"argument --{name}: {value[0]} {value[1]} are the wrong way round")
-    for flag in ("init", "data"):  # as an unset variable of a shell gives it
+    for flag in ("init", "data", "out"):  # as an unset variable of a shell gives it
         if getattr(args, flag) == "":
             p.error(f"argument --{flag}: is empty; name something, or leave it out")
     if args.resume and args.overwrite:
@@ -999,9 +1000,9 @@ class RunFolder:
         self.path, self.begun = args.out, False  # begun: there are files of this run
         self.saved = None  # the step of the last checkpoint
         held = [name for name in LEFT if (self.path / name).exists()]
+        more = "--resume to go on, " if "last.pt" in held else ""
         need(not held or args.resume or args.overwrite, f"{self.path} holds a run already "
-             f"({', '.join(held)}): give --resume to go on, --overwrite to start anew, or another "
-             "--out")
+             f"({', '.join(held)}): give {more}--overwrite to start anew, or another --out")
         self.new = ".new" if held and not args.resume else ""
         self.path.mkdir(parents=True, exist_ok=True)
         self.claim()
@@ -1325,6 +1326,7 @@ def check(args, folder: Folder | None, shape: Network, ranks: int) -> None:
                 f"of it: {advice}; --dry-run shows all")
     if args.bench:
         return
+    need_writable(args.out)
     n, batch = args.pictures, args.batch_size * ranks
     need(folder or n >= batch, f"a global batch of {batch} pictures is larger than the set: --data "
          f"scenes has {n}; lower --batch-size or raise --pictures")
@@ -1388,11 +1390,19 @@ def final_table(args) -> None:
     print(f"What it reads, as pictures: {args.out / 'pictures.png'}")
 
 
+def readable(file) -> bool:
+    """Whether training can use a file; others it leaves out."""
+    with suppress(ValueError):
+        return bool(eval_dense.open_picture(file, side=1))  # a JPEG at an eighth, which is faster
+    return False
+
+
 def own_table(args, folder: Folder) -> None:
     """k-NN by [CLS] on pictures of --data, whose folders are classes, as at step 0 and now."""
     # Up to 10,000, evenly over the list, which may be sorted by class.
     some = range(0, len(folder), max(len(folder) // 5000, 1))
-    rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some]
+    rows = [{"image": folder.files[i], "label": folder.labels[i]} for i in some
+            if readable(folder.files[i])]
     print(f"\nk-NN by [CLS]: every tenth of {len(rows)} pictures of {args.data}, its class named "
           f"by the others', of {args.classes}\n(the network has seen all of them, without labels):"
           f"\n{'':18}right, % (higher is better)")
@@ -1401,10 +1411,7 @@ def own_table(args, folder: Folder) -> None:
         every = eval_dense.Pictures(rows, size=args.image_size, middle=True,
                                     device=torch.device(args.device))
         p = eval_dense.PROTOCOLS["imagefolder"]
-        try:
-            found = eval_dense.features(model, every, p, args.workers)
-        except ValueError as err:  # a file that training had to leave out
-            return print(f"no table of them: {str(err).strip().splitlines()[-1]}")
+        found = eval_dense.features(model, every, p, args.workers)
         x, label = found["whole"][:, : model.config.width], found["label"]
         asked = torch.arange(len(rows), device=x.device) % 10 == 0
         guess = eval_dense.knn(x[~asked], label[~asked], x[asked], args.classes)

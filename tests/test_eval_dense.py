@@ -419,7 +419,8 @@ def test_pictures_in_class_folders_are_judged_by_nearest_neighbours(tmp_path, mo
     assert results["untrained own trained on"]["knn"] == 100 and "before training                   100.00" in text  # colours are easy to tell
     (tmp_path / "own/red/3.png").write_bytes(b"no picture")
     train.main([*flags, str(tmp_path / "own"), "--out", str(tmp_path / "b")])
-    assert "no table of them: " in capsys.readouterr().out and not (tmp_path / "b/eval.json").exists()
+    text = capsys.readouterr().out
+    assert named[2:] == [(35, 4)] * 2 and "every tenth of 39 pictures" in text and "after training  " in text
     few = dict(train=40, test=20, iterations=5)
     monkeypatch.setitem(PROTOCOLS, "scenes", replace(PROTOCOLS["scenes"], **few))
     train.main([*flags, str(tmp_path / "own/blue"), "--out", str(tmp_path / "c")])  # no classes
@@ -450,6 +451,24 @@ def test_bad_flags_are_one_line(runs, monkeypatch, flags, words):
     with pytest.raises(SystemExit, match=words) as caught:
         eval_dense.main([str(runs / "a") if f == "RUN" else f for f in flags])
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_too_shallow_for_the_layers_is_found_before_another_is_judged(tmp_path, runs, monkeypatch):
+    clsspec.save(clsspec.ViT(clsspec.config("nano", depth=2)), tmp_path / "two.pt")
+    monkeypatch.setattr(eval_dense, "evaluate", lambda *_, **__: pytest.fail("it was begun"))
+    with pytest.raises(SystemExit, match="--layers 3,6 is outside 1 to 2, the depth of .*two.pt"):
+        eval_dense.main([str(runs / "a"), str(tmp_path / "two.pt"), "--layers", "3,6"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no such signals")
+def test_a_process_that_reads_files_ends_without_an_error():
+    """An error would interrupt a step of the main process that takes longer than half a minute."""
+    child = os.fork()
+    if not child:
+        eval_dense.patient(0)
+        os.kill(os.getpid(), signal.SIGALRM)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -830,6 +849,8 @@ def broken(at, what):
         save_map(at / "masks/val/1.png", 9, "RGB", (32, 48))
     elif what == "8 bit depth":
         save_map(at / "depth/train/0.png", 9, size=(32, 48))
+    elif what == "8 bit depth in val":
+        save_map(at / "depth/val/1.png", 9, size=(32, 48))
     elif what == "truncated":
         file.write_bytes(file.read_bytes()[:50])
     elif what == "no depth":
@@ -858,7 +879,8 @@ def broken(at, what):
     ("beyond", "masks/val/1.png has class 9, but the set has only 4"),
     ("rgb", "masks/val/1.png must be an 8-bit index PNG, but its mode is RGB"),
     ("8 bit depth", "depth/train/0.png must be a 16-bit grey PNG"), ("truncated", "cannot read .*images/val/1.png"),
-    ("no depth", "no picture has valid depth.*depth/val/0.png"), ("mask size", "masks/val/1.png has .16, 48. pixels"),
+    ("8 bit depth in val", "depth/val/1.png must be a 16-bit grey PNG, but its mode is L"),
+    ("no depth", "no file in .*depth/val has a depth of at most 4 m; correct --unit or --max-depth"), ("mask size", "masks/val/1.png has .16, 48. pixels"),
     ("sizes", r"images/train/5.png|several sizes"), ("empty", "no picture in split val"),
     ("black and white", "no mask in .*masks/train has another class than 0, as 255 means ignored; in black and white masks make 255 a 1"),
     ("full depth", "no file in .*depth/train has a depth, from 1 to 65534"),
@@ -866,10 +888,11 @@ def broken(at, what):
      "classes.txt: in '0.tblue', 0 must be a number from 0 to 254, each once"),
     ("names red\tblue", "red must be a number")])
 def test_bad_data_is_one_line_that_names_the_file(tmp_path, monkeypatch, what, words):
-    workers = int(what == "truncated")  # one with: it makes no difference, and takes five seconds to leave
+    workers = int(what == "sizes")  # one with: it makes no difference, and takes five seconds to leave
     at = tree(tmp_path / "t")
     broken(at, what)
     monkeypatch.setattr(clsspec, "load", lambda *a: Oracle())
+    monkeypatch.setattr(eval_dense, "best_heads", lambda *_: pytest.fail("heads were trained first"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         eval_dense.main(["x", "--data", "pairs", "--root", str(at), "--iterations", "2", "--workers", str(workers)])

@@ -429,6 +429,7 @@ def test_download_is_refused_where_nothing_is_fetched(tmp_path):
     (["--spec", "norms", "qkv"], "unrecognized arguments: qkv (a list is joined by commas"),
     (["--spce", "qkv"], "unrecognized arguments: --spce qkv;"),
     (["--data", ""], "argument --data: is empty"), (["--init", ""], "argument --init: is empty"),
+    (["--out", ""], "argument --out: is empty"), (["--temp-start", "0.005"], "--temp-start: 0.005 is outside 0.01"),
     (["--spec", ","], "argument --spec: names nothing"), (["--spec", " , "], "argument --spec: names nothing"),
     (["--resume", "--overwrite"], "--overwrite starts anew; give one of them"),
     (["--root", "x"], "argument --root: is for sets by name"),
@@ -967,7 +968,7 @@ def test_folders_without_a_readable_picture(tmp_path):
 
 def test_runs_are_never_overwritten_or_mixed_by_accident(tmp_path):
     before = run(tmp_path / "a", "--steps", 2)
-    assert "holds a run already" in error("--out", tmp_path / "a", "--steps", 2)
+    assert "give --resume to go on, --overwrite" in error("--out", tmp_path / "a", "--steps", 2)
     assert "is of another run: it has --lr" in error("--out", tmp_path / "a", "--steps", 2, "--resume", "--lr", 0.5)
     assert same(torch.load(tmp_path / "a/last.pt", weights_only=True)["student"], before["student"])
     torch.save({"something": 1}, tmp_path / "a/last.pt")
@@ -1013,8 +1014,15 @@ def test_a_new_run_takes_the_old_ones_place_whole(tmp_path):
 def test_a_folder_with_any_part_of_a_run_is_not_written_over(tmp_path, name):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / name).write_text("{}")
-    assert f"holds a run already ({name})" in error("--out", tmp_path / "a")
+    assert f"holds a run already ({name}): give --overwrite to start anew" in error("--out", tmp_path / "a")
     assert listing(tmp_path / "a") == {name: b"{}"}
+
+
+def test_a_run_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        assert f"{out} cannot be written to, or is no folder, and results would go there" in error("--out", out)
+    assert listing(tmp_path) == {"file": b"mine"}
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):

@@ -81,8 +81,8 @@ import clsspec
 import eval_dense
 import scenes
 from clsspec import ViT, need, whole_patches
-from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, one_line, read_json,
-                        read_log, read_picture, scenes_gib, strict, within)
+from eval_dense import (LOWER, METRICS, forward_gib, intact, need_memory, need_writable, one_line,
+                        read_json, read_log, read_picture, scenes_gib, strict, within)
 
 WHAT = ("cosines", "dimensions", "norms", "attention", "foreground", "degradation", "pca", "maps")
 # These have numbers before and after norm1, whose lists end with one more, of the final norm.
@@ -494,7 +494,6 @@ def maps(path: Path, seen: list[dict[str, Tensor]], subjects: list[Subject]) -> 
         c, (h, w) = s.model.config, s.grid
         need(not weights.isnan().any(), f"block {s.args.block} of {s.name} has no [CLS] yet")
         row, column = s.args.patch or (h // 2, w // 2)
-        need(row < h and column < w, f"--patch {row},{column} is outside {h} rows and {w} columns")
         bias = int(c.attn_bias)
         parts = weights.mean(0).split([bias, 1, c.registers, h * w], dim=1)  # (H, keys of a kind)
         out[s.name] = {kind: (100 * part.sum(1)).tolist()
@@ -569,6 +568,8 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
             models = found.get("models", {})  # of this run, and maybe of others
             # The name has a folder before it if two models of one call had the same name.
             own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
+            if len(models) == 1:  # this run, though its folder may have been renamed
+                (own,) = models.values()
             flat = {}
             for key in BLOCKS.get(name.partition(" ")[0], ()):
                 # Blocks without the number do not count: CaiT's first have no [CLS], and without
@@ -852,7 +853,10 @@ def subjects_of(args) -> list[Subject]:
              f"{name}; try {whole_patches(size, patch)}")
         need((args.block or 1) <= model.config.depth, f"--block {args.block}: {name} has "
              f"{model.config.depth} blocks")
-        grid = size // patch, size // patch
+        h, w = grid = size // patch, size // patch
+        row, column = args.patch or (0, 0)
+        need(row < h and column < w, f"--patch {row},{column} is outside the {h} rows and {w} "
+             f"columns of {name}")
         need_memory(survey_gib(model.config, args, size), args.device, f"{args.pictures} pictures "
                     f"of {size} px", "lower --pictures or --image-size")
         out.append(Subject(name, eval_dense.home(file), model, *pictures(args, size), grid, args))
@@ -888,9 +892,10 @@ def run(args) -> Path:
     subjects = subjects_of(args)
     homes = {s.name: s.home for s in subjects}
     out = Path(args.out or subjects[0].home)
+    for folder in {out, *homes.values()}:  # before hours of work
+        need_writable(folder)
+        read_json(folder / "analysis.json")  # it may be damaged
     out.mkdir(parents=True, exist_ok=True)
-    for folder in {out, *homes.values()}:
-        read_json(folder / "analysis.json")  # so that a damaged one is found before hours of work
     how = {name: getattr(args, name) for name in ("data", "root", "network", "device")}
     how["pictures"] = {s.name: len(s.img) for s in subjects}
     how["pixels"] = {s.name: s.img.shape[-1] for s in subjects}
@@ -943,10 +948,11 @@ def run_compare(args) -> Path:
     """Print and write the difference of two groups of runs."""
     a, b = args.compare
     found = compare(a, b)
-    comparison_table(a, b, found)
     folders = [os.path.dirname(os.path.abspath(run)) for pattern in (a, b)
                for run in glob.glob(pattern)]
     out = Path(args.out or os.path.commonpath(folders))
+    need_writable(out)
+    comparison_table(a, b, found)
     write(f"compare {a} {b}", {}, found, out)
     return out
 
@@ -997,6 +1003,11 @@ def parse(argv) -> argparse.Namespace:
     if bool(args.compare) == bool(args.models):
         p.error("give run folders or weights, as in: python analyze.py runs/NAME; or --compare and "
                 "nothing else")
+    if args.root and args.data not in eval_dense.OPEN:
+        p.error(f"--root is for sets by name, {', '.join(eval_dense.OPEN)}; leave it out")
+    given = [name for name in vars(args) if getattr(args, name) != p.get_default(name)]
+    if args.compare and (idle := {*given} - {"models", "compare", "out", "device"}):
+        p.error(f"--compare reads results that are there, and has no use for --{' --'.join(idle)}")
     return args
 
 

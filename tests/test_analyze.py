@@ -88,9 +88,6 @@ def test_maps_are_the_attention_of_cls_and_its_shares(changes, tmp_path, monkeyp
         assert page.height == 4 + 4 * 116
         lit, x = page.convert("RGB"), 96 + round(112 * 40 / 24) // 2
         assert any(lit.getpixel((x + dx, 4 + 3 * 116 + y)) == (255, 0, 0) for dx in range(-30, 30) for y in range(112))  # the frame
-    one.args.patch = (3, 0)
-    with pytest.raises(ValueError, match="--patch 3,0 is outside 3 rows and 5 columns"):
-        analyze.maps(tmp_path / "maps.png", [seen], [one])
     if changes.get("class_attn"):
         with pytest.raises(ValueError, match="block 3 of m has no .CLS. yet"):
             analyze.maps(tmp_path / "maps.png", [seen | {"looks": kept["looks"][0]}], [one])
@@ -118,10 +115,11 @@ def test_block_and_network_are_those_that_are_asked_for(trained, tmp_path):
     assert saved["pca student block=2"]["models"]["plain"]["share"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_maps_that_cannot_be_drawn_cost_no_other_measure(trained, tmp_path, capsys):
-    analyze.main([str(trained / "plain"), "--what", "cosines,maps", "--patch", "99,0", "--pictures", "2",
+def test_maps_that_cannot_be_drawn_cost_no_other_measure(tmp_path, capsys):
+    clsspec.save(clsspec.ViT(clsspec.config("nano", depth=3, class_attn=1)), tmp_path / "cait.pt")
+    analyze.main([str(tmp_path / "cait.pt"), "--what", "cosines,maps", "--block", "1", "--pictures", "2",
                   "--out", str(tmp_path)])
-    assert "maps: left out, --patch 99,0 is outside" in capsys.readouterr().out
+    assert "maps: left out, block 1 of cait has no [CLS] yet" in capsys.readouterr().out
     assert json.loads((tmp_path / "analysis.json").read_text()).keys() == {"cosines"}
 
 
@@ -567,6 +565,8 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
     (["x", "--compare", "a", "b"], "--compare and nothing else"),
+    (["--compare", "a", "b", "--network", "student"], "--compare reads results that are there, and has no use for --network"),
+    (["x", "--root", "y"], "--root is for sets by name, "),
     (["x", "--what", "norms,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
     (["x", "--patch", "3"], "'3' is not ROW,COLUMN"),
     (["x", "--patch", "1,a"], "'a' is not a whole number"),
@@ -592,6 +592,11 @@ def test_errors_say_what_to_do(trained, tmp_path):
         analyze.main([model, "--what", "foreground", "--data", "pairs", "--root", str(tmp_path)])
     with pytest.raises(SystemExit, match="--block 13: plain has 12 blocks"):
         analyze.main([model, "--what", "pca", "--block", "13"])
+    with pytest.raises(SystemExit, match="--patch 8,0 is outside the 8 rows and 8 columns of plain"):
+        analyze.main([model, "--what", "cosines,maps", "--patch", "8,0"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="file cannot be written to, or is no folder"):
+        analyze.main([model, "--what", "cosines", "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit, match="two models of one name"):
         analyze.main([model, model])
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
@@ -657,6 +662,16 @@ def test_compare_says_in_what_runs_differ(tmp_path, capsys):
         (tmp_path / f"b-{s}" / "config.json").write_text(json.dumps(config))
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     assert capsys.readouterr().out.splitlines()[0].endswith("seeds [0, 1]; runs differ in: novel, spec, steps, threads")
+
+
+def test_compare_finds_what_was_measured_in_a_folder_since_renamed(tmp_path, capsys):
+    for name in "ab":
+        runs(tmp_path, name, {s: {"miou": 30} for s in (0, 1)})
+        for s in (0, 1):
+            found = {"models": {"old-name": {"shared": [0.5, s]}}, "made": {"pictures": {"old-name": 8}}}
+            (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": found}))
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "cosines, mean over blocks of 8 pictures\n    shared" in capsys.readouterr().out
 
 
 def test_compare_says_what_is_missing(tmp_path):

@@ -476,7 +476,7 @@ TABLES = [  # of STUDY.md: trained on, seeds, arms
 def test_studys_tables_are_made_of_the_published_runs():
     results = (ROOT / "results/STUDY.md").read_text().split("## Results")[1].split("### The 24 tests")[0]
     found = re.findall(r"^\|  \|(.*)\n\| ---.*\n((?:\|.*\n)+)", results, re.M)
-    assert len(re.findall(r"^\| ---", results, re.M)) == len(found) + 3  # the answers, slopes, what is ruled out
+    assert len(re.findall(r"^\| ---", results, re.M)) == len(found) + 4  # the answers, slopes, 20,000 steps without a seed, what is ruled out
     lines = study.read(ROOT / "results/study.jsonl")
     names = {"cosine after norms, Tiny ImageNet": "the same, Tiny ImageNet"}
     names |= {head.removeprefix("online "): head for head in tables.OUTCOMES}
@@ -484,6 +484,31 @@ def test_studys_tables_are_made_of_the_published_runs():
         (group,) = tables.groups([line for line in lines if line["data"] == data and line["seed"] in seeds]).values()
         heads = [head.strip().removeprefix("Scenes ") for head in heads.strip("|").split("|")]
         check_table(table.splitlines(), group, arms, [names.get(head, head) for head in heads])
+
+
+def test_studys_differences_with_and_without_a_seed_are_of_the_published_runs():
+    text = (ROOT / "results/STUDY.md").read_text().split("| specialised minus plain |")[1].split("\n\n")[0]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    group = tables.groups(study.read(ROOT / "results/study.jsonl"))["nano", "scenes", "seeds for claims"]
+
+    def gained(length, head):
+        values = [tables.numbers(group[f"{arm}{length}"], *tables.OUTCOMES[head][:2]) for arm in ("plain", "best")]
+        return {seed: values[1][seed] - values[0][seed] for seed in study.CLAIM[:6]}
+
+    checked = [name for name, *_ in table if name in tables.OUTCOMES]
+    assert len(checked) == 9
+    for name, *cells in table:
+        if name in tables.OUTCOMES:
+            each = gained("-x16", name)
+        elif name == "... more than at 1,250 steps":
+            each = {seed: value - gained("", "mIoU % ↑")[seed] for seed, value in gained("-x16", "mIoU % ↑").items()}
+        else:
+            continue
+        for cell, seeds in zip(cells, (each, each.keys() - {100}), strict=True):
+            made = tables.about({seed: each[seed] for seed in sorted(seeds)})
+            shown = [float(number) for number in re.findall(r"[+-]\d+\.\d+", cell)]
+            digits = len(cell.split()[0].partition(".")[2])
+            assert shown == pytest.approx([made[key] for key in ("difference", "low", "high")], abs=0.51 * 10**-digits), name
 
 
 def test_head_ends_the_tables_without_a_word():

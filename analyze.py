@@ -568,7 +568,8 @@ def numbers_of(run: Path) -> dict[str, dict[str, float]]:
             models = found.get("models", {})  # of this run, and maybe of others
             # The name has a folder before it if two models of one call had the same name.
             own = models.get(run.name) or models.get("/".join(run.parts[-2:]), {})
-            if len(models) == 1:  # this run, though its folder may have been renamed
+            # Alone there, it is this run, renamed since, unless --out put another's results here.
+            if len(models) == 1 and " --out" not in found["made"].get("command", ""):
                 (own,) = models.values()
             flat = {}
             for key in BLOCKS.get(name.partition(" ")[0], ()):
@@ -1005,9 +1006,11 @@ def parse(argv) -> argparse.Namespace:
                 "nothing else")
     if args.root and args.data not in eval_dense.OPEN:
         p.error(f"--root is for sets by name, {', '.join(eval_dense.OPEN)}; leave it out")
-    given = [name for name in vars(args) if getattr(args, name) != p.get_default(name)]
-    if args.compare and (idle := {*given} - {"models", "compare", "out", "device"}):
-        p.error(f"--compare reads results that are there, and has no use for --{' --'.join(idle)}")
+    idle = [f"--{name.replace('_', '-')}" for name in vars(args)
+            if name not in ("models", "compare", "out", "device")
+            and getattr(args, name) != p.get_default(name)]
+    if args.compare and idle:
+        p.error(f"--compare reads results that are there, and has no use for {' '.join(idle)}")
     return args
 
 

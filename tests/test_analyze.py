@@ -565,7 +565,8 @@ def test_masks_of_a_set_on_disk(trained, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ([], "give run folders or weights"), (["x", "--what", "cosine"], "unknown cosine; choose from cosines, dimensions"),
     (["x", "--compare", "a", "b"], "--compare and nothing else"),
-    (["--compare", "a", "b", "--network", "student"], "--compare reads results that are there, and has no use for --network"),
+    (["--compare", "a", "b", "--image-size", "64", "--network", "student"],
+     "--compare reads results that are there, and has no use for --network --image-size"),
     (["x", "--root", "y"], "--root is for sets by name, "),
     (["x", "--what", "norms,size"], "unknown size"), (["x", "--pictures", "0"], "--pictures"),
     (["x", "--patch", "3"], "'3' is not ROW,COLUMN"),
@@ -672,6 +673,10 @@ def test_compare_finds_what_was_measured_in_a_folder_since_renamed(tmp_path, cap
             (tmp_path / f"{name}-{s}" / "analysis.json").write_text(json.dumps({"cosines": found}))
     analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
     assert "cosines, mean over blocks of 8 pictures\n    shared" in capsys.readouterr().out
+    found["made"]["command"] = f"python analyze.py other --out {tmp_path}/b-1"  # another's, put there
+    (tmp_path / "b-1/analysis.json").write_text(json.dumps({"cosines": found}))
+    analyze.main(["--compare", str(tmp_path / "a-*"), str(tmp_path / "b-*")])
+    assert "cosines" not in capsys.readouterr().out
 
 
 def test_compare_says_what_is_missing(tmp_path):

@@ -792,7 +792,7 @@ def open_split(data: str, root: str, split: str, download: bool = False, **optio
         raise ValueError(f"{len(missing)} of {len(files)} files are missing, as {missing[0]}; "
                          f"{wanted}")
     if data == "pairs" and split == "val":  # read whole, as what people made may have faults
-        items = map(found.__getitem__, range(len(found)))
+        items = (found[i] for i in range(len(found)))
         deep = [bool(item["depth"].any()) for item in items if "depth" in item]
         need(any(deep) or not deep, f"no file in {at / 'depth/val'} has a depth of at most "
              f"{found.max_depth:g} m; correct --unit or --max-depth")
@@ -1281,6 +1281,7 @@ def best_heads(model: ViT, train: Pictures, seen: Pictures, p: Protocol,
 
 
 def check_layers(p: Protocol, depth: int, whose: str = "here") -> None:
+    """ValueError: --layers names a block that a network of this depth does not have."""
     need(max(p.layers, default=1) <= depth, f"--layers {','.join(map(str, p.layers))} is outside 1 "
          f"to {depth}, the depth {whose}")
 

@@ -190,6 +190,7 @@ FLAGS = {
         ("separate-head", True, None, "patches have a head of their own"),
         ("mask-share", 0.5, (0.0, 1.0), "share of global views that get a mask"),
         ("mask-ratio", (0.1, 0.5), (0.0, 1.0), "share of patches hidden in those"),
+        # At less than 0.01 Sinkhorn-Knopp's exponentials are 0 in fp32, and all targets with them.
         ("student-temp", 0.1, (0.01, 10.0), "temperature of the student's softmax"),
         ("temp-start", 0.04, (0.01, 10.0), "temperature of the teacher's softmax at first"),
         ("temp-end", 0.07, (0.01, 10.0), "... and after its warm-up"),

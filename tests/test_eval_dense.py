@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -463,12 +464,15 @@ def test_a_model_too_shallow_for_the_layers_is_found_before_another_is_judged(tm
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no such signals")
 def test_a_process_that_reads_files_ends_without_an_error():
     """An error would interrupt a step of the main process that takes longer than half a minute."""
-    child = os.fork()
-    if not child:
+    def read():
         eval_dense.patient(0)
         os.kill(os.getpid(), signal.SIGALRM)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+        sys.exit(1)
+
+    child = multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("flags, words", [
